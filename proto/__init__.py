@@ -1,0 +1,1 @@
+"""The contracts that cross Pawl's doors: wire messages, the artifact manifest, records. Imports nothing of ours."""

@@ -1,0 +1,179 @@
+"""The artifact manifest: what a directory must say of itself to be served. Version 1.
+
+An artifact is `model.onnx`, `model.onnx.data`, `tokenizer.json`, `chat_template.jinja` (if the model chats) and
+`manifest.json`. ONNX Runtime loads a flipped weight bit without a word, so `load` checks every digest, and refuses
+links and files that the manifest does not list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+Count = Annotated[int, Meta(ge=1)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class ManifestError(Exception):
+    """The artifact cannot be trusted or understood; the message says which file, what is wrong, and the cure."""
+
+
+class _Part(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Architecture(_Part):
+    """The numbers that a server needs without opening the graph."""
+
+    family: str
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_size: Count
+    hidden_size: Count
+    vocab_size: Count
+    max_context: Count  # tokens, prompt and completion together
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = []
+
+
+class Precision(_Part):
+    """How one product's operands are held: bits of weights and of activations (32: float)."""
+
+    weight_bits: int
+    activation_bits: int
+
+
+class Recipe(_Part):
+    """The precision recipe by product; products not listed have `default`."""
+
+    name: str
+    default: Precision
+    products: dict[str, Precision] = {}
+
+
+class FileEntry(_Part):
+    sha256: Digest
+    size_bytes: Annotated[int, Meta(ge=0)]
+
+
+class Lineage(_Part):
+    """Where the artifact came from."""
+
+    checkpoint: Digest
+    datasets: dict[str, Digest] = {}
+    tools: dict[str, str] = {}
+    command: str = ""
+    created: str = ""  # ISO 8601, UTC
+
+
+class GateReport(_Part):
+    """The gate's figures against the full-precision reference on held-out text, and the limits set before the run."""
+
+    passed: bool
+    forced: bool
+    tokens: Count
+    metrics: dict[str, float]
+    thresholds: dict[str, float]
+
+
+class Manifest(_Part):
+    format_version: int
+    name: str
+    architecture: Architecture
+    recipe: Recipe
+    kv_cache: Literal["fp32", "int8"]
+    target: Literal["cpu"]
+    files: dict[str, FileEntry]
+    lineage: Lineage
+    gate: GateReport | None = None
+
+    @property
+    def digest(self) -> str:
+        """The version's name: SHA-256 over the manifest, which itself lists every file's digest."""
+        return hashlib.sha256(encode(self)).hexdigest()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        a = self.architecture
+        return 2 * a.num_layers * a.num_kv_heads * a.head_size * (1 if self.kv_cache == "int8" else 4)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The canonical bytes: indented, keys in the order of declaration."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+
+
+def decode(data: bytes) -> Manifest:
+    """Parse and validate. Raises ManifestError that names the field."""
+    try:
+        version: Any = msgspec.json.decode(data)["format_version"]
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise ManifestError(f"{MANIFEST} is not a manifest: {error}") from error
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{MANIFEST} has format version {version}; this Pawl reads {FORMAT_VERSION}. "
+            "Serve it with the Pawl that wrote it, or run `python -m compress quantize` again."
+        )
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{MANIFEST}: {error}") from error
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(directory: Path) -> dict[str, FileEntry]:
+    """Entries for every file of an artifact but the manifest."""
+    return {
+        path.name: FileEntry(sha256=digest_file(path), size_bytes=path.stat().st_size)
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+
+
+def load(directory: Path) -> Manifest:
+    """Read and verify an artifact. Raises ManifestError at the first thing that is wrong.
+
+    Sizes are compared before digests, so that a truncated file is refused at once.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ManifestError(f"{directory} is not an artifact: it has no {MANIFEST}. Make one with `python -m compress`.")
+    manifest = decode(path.read_bytes())
+    if {GRAPH, WEIGHTS, TOKENIZER} - manifest.files.keys():
+        missing = ", ".join(sorted({GRAPH, WEIGHTS, TOKENIZER} - manifest.files.keys()))
+        raise ManifestError(f"{MANIFEST} does not list {missing}")
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            info = entry.stat(follow_symlinks=False)
+            if entry.is_symlink() or not entry.is_file() or info.st_nlink != 1:
+                raise ManifestError(f"{entry.path} is a link or not a plain file; an artifact holds plain files only")
+            if entry.name != MANIFEST and entry.name not in manifest.files:
+                raise ManifestError(f"{entry.path} is not listed in {MANIFEST}; remove it")
+    for name, expected in manifest.files.items():
+        file = directory / name
+        if "/" in name or not file.is_file():
+            raise ManifestError(f"{file} is listed in {MANIFEST} and missing")
+        if file.stat().st_size != expected.size_bytes:
+            raise ManifestError(f"{file} has {file.stat().st_size} bytes, not {expected.size_bytes}: truncated?")
+    for name, expected in manifest.files.items():
+        if (found := digest_file(directory / name)) != expected.sha256:
+            raise ManifestError(f"{directory / name} has SHA-256 {found}, not {expected.sha256}: it was changed")
+    return manifest

@@ -1,0 +1,1 @@
+"""The server: engine, HTTP and gRPC adapters, metrics, records. Never imports torch or transformers."""

@@ -1,0 +1,110 @@
+"""A request's life inside the engine: what was asked, how far it is, and what it answers.
+
+A request stores few numbers and derives the rest. The order between them is asserted when they change:
+`0 <= computed <= len(prompt) + len(output)`, where `computed` counts tokens whose keys and values lie in the slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. The defaults are the server's; validated in `serve.api`, trusted here."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # None: a fresh seed per request
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0  # CTRL (arXiv:1909.05858): over prompt and output
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most probable
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one token under the model (before temperature and penalties)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most probable first
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts: `cached` of the prompt's tokens were reused from an earlier request."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One step of an answer. The whole answer is the fold of its chunks; the last has a `finish_reason`."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None  # in the last chunk
+    error: str | None = None  # with finish_reason "error"
+    embedding: Sequence[float] | None = None  # only for embedding requests
+
+
+class Channel(Protocol):
+    """The request's own way back. Closing it cancels the request, in whatever state it is."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    def send(self, chunk: Chunk) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence in the engine. `n > 1` is n requests; their common prefix is shared by the KV cache."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    channel: Channel
+    embed: bool = False  # answer with the mean of the last hidden states instead of tokens
+    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic
+
+    output: list[int] = field(default_factory=list)
+    slot: int | None = None
+    computed: int = 0
+    cached: int = 0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def prefilling(self) -> bool:
+        """True while the prompt is not wholly in the cache."""
+        return self.computed < len(self.prompt)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt=len(self.prompt), completion=len(self.output), cached=self.cached)

@@ -1,0 +1,58 @@
+"""Every setting of the server, its default and its help, written once; the command line is derived from it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def setting(default: Any, help: str, parse: Any = None) -> Any:
+    """A dataclass field that becomes the flag `--field-name`."""
+    return field(default=default, metadata={"help": help, "parse": parse or type(default)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    model: Path = field(metadata={"help": "artifact directory to serve", "parse": Path})
+    model_name: str = setting("", "name shown to clients (default: the manifest's)")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    http_port: int = setting(8000, "HTTP port; 0 picks a free one")
+    grpc_port: int = setting(50051, "gRPC port; 0 picks a free one")
+    threads: int = setting(0, "compute threads; 0: the CPU quota of this process")
+    slots: int = setting(0, "requests decoded together; 0: as many as the KV budget holds, at most 32")
+    kv_budget_mib: int = setting(0, "memory of the KV cache in MiB; 0: a quarter of free memory, at most 1024")
+    max_context: int = setting(0, "tokens per request, prompt and completion; 0: the model's, at most 2048")
+    prefill_chunk: int = setting(128, "tokens of a prompt computed between two decode steps")
+    max_queue: int = setting(64, "requests that may wait for a slot; more are refused with 503")
+    request_timeout_seconds: float = setting(600.0, "a request older than this is ended")
+    drain_seconds: float = setting(30.0, "on SIGTERM, how long in-flight requests may still run")
+    body_limit_bytes: int = setting(4 << 20, "largest HTTP body or gRPC message")
+    header_seconds: float = setting(10.0, "how long a client may take to send a request's headers")
+    body_seconds: float = setting(60.0, "how long a client may take to send a request's body")
+    max_connections: int = setting(1024, "open HTTP connections; more are closed at once")
+    api_key: str = setting("", "require this bearer key on every route but health; default: $PAWL_API_KEY")
+    records: Path = field(
+        default=Path("data/records.sqlite"), metadata={"help": "SQLite file of interactions and feedback", "parse": Path}
+    )
+    log_content: bool = setting(True, "keep prompts and completions in the records", parse=bool)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Parse the command line of `python -m serve`; exits with 2 and a message on a bad one."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve a Pawl artifact over HTTP and gRPC.")
+    for item in fields(Settings):
+        parse, text = item.metadata["parse"], item.metadata["help"]
+        if parse is bool:
+            parser.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
+        elif item.default is MISSING:
+            parser.add_argument(flag(item.name), type=parse, required=True, help=text)
+        else:
+            shown = "" if item.default == "" else " (default: %(default)s)"
+            parser.add_argument(flag(item.name), type=parse, default=item.default, help=text + shown)
+    return Settings(**vars(parser.parse_args(argv)))
