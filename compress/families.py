@@ -1,0 +1,231 @@
+"""The decoder families: what tells one architecture from the next, as data.
+
+A `Family` names the tensors and the parts that differ; a `Decoder` adds the numbers that one configuration gives.
+To add a family, describe it here and add its tiny model to the tests: nothing else branches on a family's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from compress.checkpoint import Checkpoint, CheckpointError
+from proto.manifest import Architecture
+
+# The names that most configurations give to the numbers; a family overrides those that it calls otherwise.
+LLAMA_KEYS: Mapping[str, str] = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "max_position": "max_position_embeddings",
+    "epsilon": "rms_norm_eps",
+    "activation": "hidden_act",
+}
+GPT2_KEYS: Mapping[str, str] = {
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "max_position": "n_positions",
+    "epsilon": "layer_norm_epsilon",
+    "activation": "activation_function",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Modules are templates over the layer `{i}`, without the prefix and without `.weight` or `.bias`."""
+
+    name: str  # config.json's model_type
+    prefixes: tuple[str, ...] = ("model.",)  # tried in this order: some checkpoints are saved without one
+    embedding: str = "embed_tokens"
+    positions: str | None = None  # learned position embeddings; None: rotary
+    head: str = "lm_head"  # has no prefix
+    norm: Literal["rms", "layer"] = "rms"
+    attention_norm: str = "layers.{i}.input_layernorm"
+    mlp_norm: str = "layers.{i}.post_attention_layernorm"
+    final_norm: str = "norm"
+    qkv: tuple[str, ...] = ("layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj")
+    q_norm: str | None = None  # RMSNorm per head, before the rotary embedding
+    k_norm: str | None = None
+    o: str = "layers.{i}.self_attn.o_proj"
+    up: tuple[str, ...] = ("layers.{i}.mlp.gate_proj", "layers.{i}.mlp.up_proj")  # two modules: a gated MLP
+    down: str = "layers.{i}.mlp.down_proj"
+    inputs_first: bool = False  # matrices are [in, out] (GPT-2's Conv1D), not [out, in]
+    biases: frozenset[str] = frozenset()  # the products that always have one
+    bias_switches: Mapping[str, frozenset[str]] = field(default_factory=dict)  # config key -> products it gives one
+    window: Literal["never", "every layer", "switched"] = "never"
+    tied: bool = False  # where the configuration does not say
+    keys: Mapping[str, str] = field(default_factory=lambda: LLAMA_KEYS)
+    required: Mapping[str, object] = field(default_factory=dict)  # config values, where given, that alone are built
+
+    @property
+    def gated(self) -> bool:
+        return len(self.up) == 2
+
+
+ATTENTION_BIAS: Mapping[str, frozenset[str]] = {"attention_bias": frozenset({"qkv", "o"})}
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(name="llama", bias_switches={**ATTENTION_BIAS, "mlp_bias": frozenset({"gate_up", "down"})}),
+        Family(name="mistral", window="every layer"),
+        Family(name="qwen2", window="switched", biases=frozenset({"qkv"})),
+        Family(
+            name="qwen3",
+            window="switched",
+            bias_switches=ATTENTION_BIAS,
+            q_norm="layers.{i}.self_attn.q_norm",
+            k_norm="layers.{i}.self_attn.k_norm",
+        ),
+        Family(
+            name="gpt2",
+            prefixes=("transformer.", ""),
+            embedding="wte",
+            positions="wpe",
+            norm="layer",
+            attention_norm="h.{i}.ln_1",
+            mlp_norm="h.{i}.ln_2",
+            final_norm="ln_f",
+            qkv=("h.{i}.attn.c_attn",),
+            o="h.{i}.attn.c_proj",
+            up=("h.{i}.mlp.c_fc",),
+            down="h.{i}.mlp.c_proj",
+            inputs_first=True,
+            biases=frozenset({"qkv", "o", "fc", "down"}),
+            tied=True,
+            keys=GPT2_KEYS,
+            required={
+                "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False,
+                "add_cross_attention": False,
+            },
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A family with the numbers of one checkpoint."""
+
+    family: Family
+    prefix: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    epsilon: float
+    activation: str
+    tied: bool
+    biases: frozenset[str]
+    windows: tuple[int | None, ...]  # by layer: keys that a query sees, itself included; None: all
+    rope: Mapping[str, Any]  # empty with learned positions
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def up(self) -> str:
+        """The name of the MLP's first product."""
+        return "gate_up" if self.family.gated else "fc"
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The names of all matrix products, in the order of the graph."""
+        layer = ("qkv", "o", self.up, "down")
+        return (*(f"layers.{i}.{product}" for i in range(self.num_layers) for product in layer), "head")
+
+    def architecture(self, max_context: int) -> Architecture:
+        return Architecture(
+            family=self.family.name,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            max_context=max_context,
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=list(self.eos_token_ids),
+        )
+
+
+def describe(checkpoint: Checkpoint) -> Decoder:
+    """Read the numbers from a checkpoint's configuration. Raises CheckpointError for what cannot be built."""
+    config = checkpoint.config
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: model_type {config.get('model_type')!r} is not supported. "
+            f"Supported are {', '.join(sorted(FAMILIES))}; a new one is a few lines in compress/families.py."
+        )
+    required = {**family.required, "quantization_config": None}
+    for key, value in required.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{checkpoint.path}: {key} {config[key]!r} is not supported, only {value!r}.")
+
+    def number(key: str) -> Any:
+        name = family.keys.get(key, key)
+        if config.get(name) is None:
+            raise CheckpointError(f"{checkpoint.path}: config.json does not give {name}. Save the checkpoint again.")
+        return config[name]
+
+    hidden_size, num_heads, num_layers = number("hidden_size"), number("num_heads"), number("num_layers")
+    # GPT-2 leaves the inner size out when it is four times the hidden size.
+    inner = config.get(family.keys["intermediate_size"]) or (4 * hidden_size if family.name == "gpt2" else None)
+    prefixes = [prefix for prefix in family.prefixes if f"{prefix}{family.embedding}.weight" in checkpoint.names]
+    return Decoder(
+        family=family,
+        prefix=prefixes[0] if prefixes else family.prefixes[0],
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_size=config.get("head_dim") or hidden_size // num_heads,
+        hidden_size=hidden_size,
+        intermediate_size=inner or number("intermediate_size"),
+        vocab_size=number("vocab_size"),
+        max_position=number("max_position"),
+        epsilon=number("epsilon"),
+        activation=number("activation"),
+        tied=config.get("tie_word_embeddings", family.tied),
+        biases=family.biases.union(*(roles for key, roles in family.bias_switches.items() if config.get(key))),
+        windows=tuple(_window(family, config, layer) for layer in range(num_layers)),
+        rope={} if family.positions else _rope(config),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_eos(config, checkpoint.generation),
+    )
+
+
+def _window(family: Family, config: Mapping[str, Any], layer: int) -> int | None:
+    window: int | None = config.get("sliding_window", 4096)  # transformers' value where the key is absent
+    if family.window == "every layer":
+        return window
+    if family.window == "never" or not config.get("use_sliding_window"):
+        return None
+    if layer_types := config.get("layer_types"):
+        return window if layer_types[layer] == "sliding_attention" else None
+    return window if layer >= config.get("max_window_layers", 0) else None
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`; before it, `rope_theta` and `rope_scaling` (with `type`)."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def _eos(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Chat models name their end-of-turn token in the generation config alone: take both."""
+    found: dict[int, None] = {}
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        found |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(found)
