@@ -135,7 +135,7 @@ class CompletionRequest(_message.Message):
     n: _builtins.int
     """Answers per prompt, 1 to 8. Default 1."""
     seed: _builtins.int
-    """The same seed and request give the same tokens; the i-th answer uses seed + i. Default: a fresh one."""
+    """The same seed and request give the same tokens; the i-th answer to a prompt uses seed + i. Default: a fresh one."""
     ignore_eos: _builtins.bool
     """Go on after an end-of-sequence token. Default false."""
     presence_penalty: _builtins.float
@@ -540,7 +540,7 @@ class AnswerChunk(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The inference id, the same in all chunks of a call; feedback refers to it."""
+    """The inference id, the same in all chunks of a call. Feedback refers to it; to answer i > 0, by `ID:i`."""
     model: _builtins.str
     """Name of the model that answers."""
     created: _builtins.int
