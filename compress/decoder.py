@@ -29,7 +29,7 @@ from proto.manifest import Architecture, KvCacheType, Precision, Recipe
 
 MAX_CONTEXT = 8192  # tokens, where neither the caller nor the checkpoint asks for less
 
-# (graph, product, the value that is its input, K): adds outputs. The input is [batch, sequence, K], the head's [rows, K].
+# (graph, product, the value that is its input, K): adds outputs. Values are [batch, sequence, K]; the head's is [rows, K].
 Tap = Callable[[GraphBuilder, str, str, int], None]
 
 # activation in config.json -> operator and its attributes

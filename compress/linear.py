@@ -82,8 +82,11 @@ def multiply(graph: GraphBuilder, name: str, x: str, precision: Precision, outpu
     rounded = graph.node("DequantizeLinear", [first, step, zero], f"{name}.rounded")
     rest = graph.node("Sub", [unit, rounded], f"{name}.rest")
     second = graph.node("QuantizeLinear", [rest, fine_step, zero], f"{name}.plane2")
-    both = graph.node("Concat", [first, second], f"{name}.planes", axis=0)  # [2 * batch, ..., K]
-    y = product(both, f"{name}.y")
+    # A new leading axis, not more rows: ONNX Runtime's planner is slow on sizes that it cannot name.
+    front = graph.shared("axis.first", np.array([0], np.int64))
+    planes = [graph.node("Unsqueeze", [plane, front], f"{plane}.apart") for plane in (first, second)]
+    y = product(graph.node("Concat", planes, f"{name}.planes", axis=0), f"{name}.y")  # [2, ..., N]
     coarse, fine = graph.nodes("Split", [y], [f"{name}.y1", f"{name}.y2"], axis=0, num_outputs=2)
     fine = graph.node("Mul", [fine, finer], f"{name}.y2_scaled")
-    return graph.node("Mul", [graph.node("Add", [coarse, fine], f"{name}.sum"), largest], output)
+    y = graph.node("Mul", [graph.node("Add", [coarse, fine], f"{name}.sum"), largest], f"{name}.apart")
+    return graph.node("Squeeze", [y, front], output)

@@ -42,8 +42,8 @@ def _llama3(frequencies: NDArray[np.float64], rope: Mapping[str, Any], max_posit
     original = rope.get("original_max_position_embeddings", max_position)
     turns = original * frequencies / (2 * math.pi)  # in the original context
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    factor: float = rope["factor"]
-    return (1 - kept) * frequencies / factor + kept * frequencies
+    scaled: NDArray[np.float64] = (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+    return scaled
 
 
 def _yarn(
