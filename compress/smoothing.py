@@ -1,0 +1,68 @@
+"""Scale migration (SmoothQuant, arXiv:2211.10438) with the strength chosen per product.
+
+`s = max|x|^alpha / max|w|^(1 - alpha)` per input channel moves outliers from activations, which are quantized per row,
+into weights, which are quantized per output channel. `alpha` is searched for each product: the one whose quantized
+output is nearest to the exact one on the calibration rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from compress.checkpoint import Floats
+from compress.families import Decoder
+from compress.linear import LEVELS, TINY, round_to_nearest
+from compress.weights import Weights, share_over_groups
+
+ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def quantize_rows(x: Floats) -> Floats:
+    """Rows of x as symmetric int8 would hold them, dequantized."""
+    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / LEVELS
+    return np.rint(x / scale) * scale
+
+
+def output_error(x: Floats, weight: Floats, scale: Floats, exact: Floats) -> float:
+    """Relative squared error of the W8A8 product of x [R, K] and weight [N, K] after migration by `scale` [K]."""
+    quantized, step = round_to_nearest(weight * scale)
+    found = quantize_rows(x / scale) @ (quantized.astype(np.float32) * step[:, None]).T
+    return float(np.square(found - exact).sum() / np.square(exact).sum())
+
+
+def search_scale(
+    decoder: Decoder, product: str, x: Floats, weight: Floats, alphas: Sequence[float] = ALPHAS
+) -> tuple[Floats, float]:
+    """(scale [K], relative error) of the best strength; no migration if that is better than all of them."""
+    exact = x @ weight.T
+    best = np.ones(x.shape[1], np.float32)
+    error = output_error(x, weight, best, exact)
+    peak_x = np.maximum(np.abs(x).max(axis=0), 1e-5)
+    peak_w = np.maximum(np.abs(weight).max(axis=0), 1e-5)
+    for alpha in alphas:
+        scale = (peak_x**alpha / peak_w ** (1 - alpha)).astype(np.float32)
+        if product.endswith(".o"):
+            scale = share_over_groups(decoder, scale)
+        scale /= np.exp(np.log(scale).mean())  # only the ratios matter: keep norms and rows near their size
+        if (found := output_error(x, weight, scale, exact)) < error:
+            best, error = scale, found
+    return best, error
+
+
+def search_layer(
+    decoder: Decoder, weights: Weights, layer: int, inputs: Mapping[str, Floats]
+) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Scales of a layer's products that can be migrated, and the error that each is left with."""
+    scales: dict[str, Floats] = {}
+    errors: dict[str, float] = {}
+    for role in ("qkv", "o", decoder.up, "down"):
+        product = f"layers.{layer}.{role}"
+        weight, _ = weights.product(layer, role)
+        if role == "down" and not decoder.family.gated:
+            x = inputs[product]
+            errors[product] = output_error(x, weight, np.ones(x.shape[1], np.float32), x @ weight.T)
+            continue
+        scales[product], errors[product] = search_scale(decoder, product, inputs[product], weight)
+    return scales, errors

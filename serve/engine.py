@@ -1,0 +1,273 @@
+"""The engine: one thread that owns the model. `step()` is schedule, run, sample, emit.
+
+Requests come in through `submit`, from any thread, and leave through their own channels: each step's answers are
+handed to `deliver` in one list, so that crossing to the event loop costs one wake-up per step. A closed channel is a
+cancellation in whatever state. An error in one request ends that request; a failed run ends the requests in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve.errors import Draining, Overloaded
+from serve.metrics import Metrics
+from serve.plan import Floats, Output, Runner
+from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
+from serve.sampler import Sampler
+from serve.scheduler import Scheduler, Step
+from serve.stopping import StopStrings
+from serve.tokenizer import TextStream, Tokenizer
+
+log = logging.getLogger("pawl.engine")
+
+Deliver = Callable[[list[tuple[Channel, Chunk]]], None]
+
+
+@dataclass(slots=True)
+class Generation:
+    """What the engine keeps for a request beside its state: how it chooses, spells and stops."""
+
+    sampler: Sampler
+    text: TextStream
+    stop: StopStrings
+    stop_ids: frozenset[int]
+
+
+class Engine:
+    """Runs requests on a runner. `start` makes the thread; tests may call `step` themselves instead."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        deliver: Deliver,
+        *,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        request_timeout_seconds: float,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.deliver = deliver
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = vocab_size
+        self.request_timeout_seconds = request_timeout_seconds
+        self._arrivals: deque[Request] = deque()
+        self._wake = threading.Condition()
+        self._draining = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._generations: dict[Request, Generation] = {}
+        self._outbox: list[tuple[Channel, Chunk]] = []
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def submit(self, *requests: Request) -> None:
+        """Queue `requests`, all or none. Raises Draining or Overloaded; whatever is accepted is answered."""
+        with self._wake:
+            if self._draining:
+                self.metrics.admission_rejected("draining")
+                raise Draining("the server is shutting down; send the request to another replica")
+            waiting = len(self._arrivals) + len(self.scheduler.waiting)
+            room = self.scheduler.max_queue + self.scheduler.cache.num_free
+            if waiting + len(requests) > room:
+                self.metrics.admission_rejected("queue_full")
+                raise Overloaded(
+                    f"{waiting} requests are waiting and the queue is limited to {self.scheduler.max_queue}; "
+                    "try again shortly, or start the server with a larger --max-queue"
+                )
+            self._arrivals.extend(requests)
+            self._wake.notify()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        return not self._arrivals and self.scheduler.idle
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="pawl-engine", daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Refuse new requests, finish the accepted ones, stop. False if some had to be aborted at the timeout."""
+        with self._wake:
+            self._draining = True
+            finished = self._wake.wait_for(lambda: self.idle, timeout_seconds)
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        return finished
+
+    # -- the engine thread --------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                if self.idle:
+                    self.scheduler.cache.check()
+                    self._wake.notify_all()  # drain waits for this
+                self._wake.wait_for(lambda: not self.idle or self._stopping)
+                if self._stopping:
+                    break
+            self.step()
+        self._abort_all()
+
+    def step(self) -> None:
+        """One turn: take arrivals, drop the cancelled, then schedule, run, sample and emit."""
+        now = time.monotonic()
+        self._accept()
+        self._sweep(now)
+        step = self.scheduler.schedule(now)
+        self._note_admissions(step)
+        if step.requests:
+            try:
+                output = self.runner.run(step.plan)
+            except Exception:
+                log.exception("a run failed; ending its %d requests", len(step.requests))
+                self._fail(step)
+            else:
+                self.scheduler.advance(step)
+                self._sample(step, output)
+            self._observe(step)
+        self._flush()
+
+    def _accept(self) -> None:
+        while self._arrivals:
+            request = self._arrivals.popleft()
+            try:
+                stop_ids = request.params.stop_token_ids
+                if not request.params.ignore_eos:
+                    stop_ids += self.eos_token_ids
+                self._generations[request] = Generation(
+                    Sampler(request.params, request.prompt, self.vocab_size, stop_ids),
+                    self.tokenizer.decode_stream(request.prompt),
+                    StopStrings(request.params.stop),
+                    frozenset(stop_ids),
+                )
+                self.scheduler.waiting.append(request)
+            except Exception as error:
+                log.exception("could not prepare request %s", request.id)
+                self._emit(request, Chunk(finish_reason="error", error=str(error), usage=request.usage))
+
+    def _sweep(self, now: float) -> None:
+        for request in list(self.scheduler.requests()):
+            if request.channel.closed:
+                self._finish(request, "abort", Chunk())
+            elif now - request.arrival > self.request_timeout_seconds:
+                error = f"timed out after {self.request_timeout_seconds:g} s; ask for fewer tokens or try again later"
+                self._finish(request, "error", Chunk(error=error))
+
+    def _note_admissions(self, step: Step) -> None:
+        for request in step.requests:
+            if request.computed == request.cached and request.prefilling:
+                self.metrics.prefix_cache(len(request.prompt), request.cached)
+
+    def _sample(self, step: Step, output: Output) -> None:
+        """Turn wanted rows into tokens. Wanted positions come in the order of the segments."""
+        greedy = output.logits[: max(output.rows) + 1].argmax(axis=1) if output.rows else None
+        rows = iter(output.rows)
+        now = time.monotonic()
+        gaps: list[float] = []
+        for request, segment in zip(step.requests, step.plan.segments, strict=True):
+            try:
+                if request.embed:
+                    self._embed(request, output.hidden[[next(rows) for _ in range(segment.count)]])
+                    continue
+                if request.prefilling:
+                    continue
+                row = next(rows)
+                sampler = self._generations[request].sampler
+                if sampler.plain_greedy and greedy is not None:
+                    token, chosen = int(greedy[row]), None
+                else:
+                    token, chosen = sampler.choose(output.logits[row], len(request.output))
+                if request.last_token is not None:
+                    gaps.append(now - request.last_token)
+                request.first_token = request.first_token or now
+                request.last_token = now
+                self._append(request, token, chosen)
+            except Exception as error:
+                log.exception("request %s failed", request.id)
+                self._finish(request, "error", Chunk(error=f"the request failed inside the server: {error}"))
+        self.metrics.step_tokens(gaps)
+
+    def _append(self, request: Request, token: int, chosen: TokenLogprob | None) -> None:
+        """A new token: spell it, look for a reason to stop, answer."""
+        generation = self._generations[request]
+        request.output.append(token)
+        chunk = Chunk(token_ids=[token], logprobs=[chosen] if chosen else [])
+        reason: FinishReason | None = None
+        if token in generation.stop_ids and len(request.output) > request.params.min_tokens:
+            reason = "stop"
+        else:
+            chunk.text, stopped = generation.stop.push(generation.text.push(token))
+            if stopped:
+                reason = "stop"
+            elif len(request.output) >= request.params.max_tokens or request.length >= self.runner.capacity:
+                reason = "length"
+        if reason is None:
+            self._emit(request, chunk)
+        else:
+            if reason == "length" or token in generation.stop_ids:
+                chunk.text += generation.stop.flush()
+            self._finish(request, reason, chunk)
+
+    def _embed(self, request: Request, hidden: Floats) -> None:
+        """Add a chunk's hidden states, [count, hidden]; after the last one answer with their normed mean."""
+        total = hidden.sum(axis=0, dtype=np.float64)
+        request.hidden_sum = total if request.hidden_sum is None else request.hidden_sum + total
+        if not request.prefilling:
+            vector = request.hidden_sum / (np.linalg.norm(request.hidden_sum) or 1.0)
+            self._finish(request, "stop", Chunk(embedding=vector.tolist()))
+
+    def _fail(self, step: Step) -> None:
+        for request in step.requests:
+            if request.slot is not None:
+                self.scheduler.cache.forget(request.slot)
+            self._finish(request, "error", Chunk(error="the model failed on this batch; see the server's log"))
+
+    def _finish(self, request: Request, reason: FinishReason, chunk: Chunk) -> None:
+        request.finish_reason = reason
+        self.scheduler.remove(request)
+        self._generations.pop(request, None)
+        self.metrics.request_finished(request, time.monotonic())
+        chunk.finish_reason = reason
+        chunk.usage = request.usage
+        self._emit(request, chunk)
+
+    def _abort_all(self) -> None:
+        self._accept()
+        for request in list(self.scheduler.requests()):
+            self._finish(request, "abort", Chunk(error="the server shut down before this request was finished"))
+        self._flush()
+
+    def _emit(self, request: Request, chunk: Chunk) -> None:
+        self._outbox.append((request.channel, chunk))
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self.deliver(outbox)
+
+    def _observe(self, step: Step) -> None:
+        self.metrics.step(
+            tokens=len(step.plan.tokens),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_usage=self.scheduler.cache.usage,
+        )

@@ -1,0 +1,127 @@
+"""The server's life: load, start, serve, drain.
+
+1 verify the artifact and open its session; 2 start the engine and the records; 3 open both ports; 4 say so in one
+line; 5 wait for SIGINT or SIGTERM; 6 refuse new work, finish the accepted, write the records, exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+
+from proto.manifest import Manifest, load
+from serve.choices import MIB, Choices, choose
+from serve.engine import Engine
+from serve.grpc_api import start_grpc
+from serve.http_api import start_http
+from serve.kv_cache import KVCache
+from serve.metrics import Metrics
+from serve.records import Records
+from serve.request import Channel, Chunk
+from serve.runner import StockRunner, open_session
+from serve.scheduler import Scheduler
+from serve.service import Service
+from serve.settings import Settings
+from serve.tokenizer import Tokenizer
+
+log = logging.getLogger("pawl.server")
+
+GIL_SWITCH_SECONDS = 0.0005  # the engine's few microseconds between runs must not wait for the event loop's work
+
+
+def make_engine(
+    settings: Settings,
+    manifest: Manifest,
+    choices: Choices,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    loop: asyncio.AbstractEventLoop,
+) -> Engine:
+    """The engine over the stock graph, answering on `loop`."""
+
+    def dispatch(batch: list[tuple[Channel, Chunk]]) -> None:
+        for channel, chunk in batch:
+            channel.send(chunk)
+
+    runner = StockRunner(
+        open_session(settings.model, choices.threads),
+        manifest.architecture,
+        num_slots=choices.num_slots,
+        capacity=choices.max_context,
+        max_rows=settings.prefill_chunk,
+    )
+    cache = KVCache(choices.num_slots, choices.max_context, settings.prefill_chunk)
+    return Engine(
+        runner,
+        Scheduler(cache, prefill_chunk=settings.prefill_chunk, max_queue=settings.max_queue),
+        tokenizer,
+        metrics,
+        lambda batch: loop.call_soon_threadsafe(dispatch, batch) and None,
+        eos_token_ids=tuple(manifest.architecture.eos_token_ids),
+        vocab_size=manifest.architecture.vocab_size,
+        request_timeout_seconds=settings.request_timeout_seconds,
+    )
+
+
+@dataclass(slots=True)
+class Running:
+    """A server that answers; `http_url` and `grpc_address` say where."""
+
+    http_url: str
+    grpc_address: str
+    service: Service
+    stop: asyncio.Event
+
+
+def describe(manifest: Manifest, settings: Settings, choices: Choices) -> str:
+    """What is served and what was chosen, in one line."""
+    return (
+        f"{settings.model_name or manifest.name} (recipe {manifest.recipe.name}, stock graph), "
+        f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
+        f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {manifest.kv_cache}"
+    )
+
+
+async def run(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit status."""
+    began = time.monotonic()
+    sys.setswitchinterval(GIL_SWITCH_SECONDS)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    settings = replace(settings, api_key=settings.api_key or os.environ.get("PAWL_API_KEY", ""))
+
+    manifest = load(settings.model)
+    choices = choose(settings, manifest)
+    tokenizer = Tokenizer(settings.model)
+    metrics = Metrics(manifest, settings.model_name or manifest.name, choices)
+    records = Records(settings.records, lost=metrics.interactions_lost)
+    engine = make_engine(settings, manifest, choices, tokenizer, metrics, loop)
+    service = Service(engine, tokenizer, records, metrics, manifest, settings, max_context=choices.max_context)
+    records.start()
+    engine.start()
+    http = await start_http(service, settings)
+    grpc = await start_grpc(service, settings)
+    print(
+        f"ready in {time.monotonic() - began:.1f} s: http://{settings.host}:{http.port} and "
+        f"grpc://{settings.host}:{grpc.port} serve {describe(manifest, settings, choices)}",
+        flush=True,
+    )
+    await stop.wait()
+
+    log.info("draining: finishing what was accepted, refusing what comes")
+    drained = asyncio.to_thread(engine.drain, settings.drain_seconds)
+    draining = asyncio.create_task(drained)
+    await asyncio.sleep(0)
+    finished = await draining
+    await asyncio.gather(http.stop(), grpc.stop())
+    service.close()
+    await records.close()
+    print("drained" if finished else f"stopped after {settings.drain_seconds:g} s with requests unfinished", flush=True)
+    return 0 if finished else 1

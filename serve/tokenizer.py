@@ -1,0 +1,107 @@
+"""Text to tokens and back, and the chat template, rendered in a sandbox."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
+
+from proto.manifest import CHAT_TEMPLATE, TOKENIZER
+from serve.errors import InvalidRequest
+
+PRIMING_TOKENS = 6  # of the prompt: enough for a decoder to know whether a leading space belongs
+
+
+class Tokenizer:
+    """The artifact's tokenizer. Safe for concurrent use."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        template = directory / CHAT_TEMPLATE
+        self._template = _environment().from_string(template.read_text()) if template.is_file() else None
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that are not UTF-8 on their own come as U+FFFD."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's exact bytes where the vocabulary is byte-level, else those of its text."""
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            return b""
+        table = _byte_level_table()
+        if all(char in table for char in piece):
+            return bytes(table[char] for char in piece)
+        return self.token_text(token_id).encode()
+
+    def decode_stream(self, prompt: list[int]) -> TextStream:
+        """An incremental decoder of what follows `prompt`."""
+        return TextStream(self._tokenizer, prompt[-PRIMING_TOKENS:])
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The prompt for `messages` by the model's own template. Raises InvalidRequest if it refuses them."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
+
+
+class TextStream:
+    """Tokens in, whole characters out: a piece is held until its last byte has come."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, possibly none."""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+def _environment() -> jinja2.Environment:
+    """The environment that chat templates are written for (that of transformers), without access to Python."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now(datetime.UTC).strftime(form)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    return environment
+
+
+def _raise(message: Any) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+@cache
+def _byte_level_table() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes (byte-level BPE)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
