@@ -29,7 +29,8 @@ from proto.manifest import Architecture, KvCacheType, Precision, Recipe
 
 MAX_CONTEXT = 8192  # tokens, where neither the caller nor the checkpoint asks for less
 
-# (graph, product, the value that is its input, K): adds outputs. Values are [batch, sequence, K]; the head's is [rows, K].
+# (graph, product, the value that is its input, K): adds outputs. The value is [batch, sequence, K] or, for the head,
+# [rows, K].
 Tap = Callable[[GraphBuilder, str, str, int], None]
 
 # activation in config.json -> operator and its attributes
