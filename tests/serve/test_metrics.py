@@ -1,0 +1,250 @@
+"""The names are a contract with other people's dashboards, the documentation with our readers; both are checked."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from proto.manifest import Architecture, Lineage, Manifest, Precision, Recipe
+from serve.choices import Choices
+from serve.metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, Metrics
+from serve.request import FinishReason, Request, SamplingParams
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+COMMON = {"model_name", "engine"}
+
+# vLLM's names, as its dashboards, llm-d's router and the usual KEDA triggers query them.
+VLLM = {
+    "gauge": {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:cache_config_info",
+    },
+    "counter": {
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:num_preemptions_total",
+        "vllm:admission_rejections_total",
+    },
+    "histogram": {
+        "vllm:time_to_first_token_seconds",
+        "vllm:inter_token_latency_seconds",
+        "vllm:request_time_per_output_token_seconds",
+        "vllm:e2e_request_latency_seconds",
+        "vllm:request_queue_time_seconds",
+        "vllm:request_prefill_time_seconds",
+        "vllm:request_decode_time_seconds",
+        "vllm:request_inference_time_seconds",
+        "vllm:request_prompt_tokens",
+        "vllm:request_generation_tokens",
+        "vllm:iteration_tokens_total",
+    },
+}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    manifest = Manifest(
+        format_version=1,
+        name="tiny",
+        architecture=Architecture(
+            family="llama",
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_size=4,
+            hidden_size=4,
+            vocab_size=8,
+            max_context=64,
+        ),
+        recipe=Recipe(name="w8a8", default=Precision(weight_bits=8, activation_bits=8)),
+        kv_cache="int8",
+        target="cpu",
+        files={},
+        lineage=Lineage(checkpoint="0" * 64),
+    )
+    return Metrics(manifest, 'ti"ny', Choices(1, "", 64, 4, "", 4096))
+
+
+def families(metrics: Metrics) -> dict[str, Metric]:
+    """By full name; the parser drops a counter's `_total`."""
+    found = text_string_to_metric_families(metrics.render()[0].decode())
+    return {family.name + "_total" * (family.type == "counter"): family for family in found}
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    """The sum of the samples of that name which have these labels."""
+    samples = [s for family in families(metrics).values() for s in family.samples if s.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def request(reason: FinishReason = "stop", *, tokens: int = 5) -> Request:
+    """Arrived at 100 s, scheduled 1 s later, first token after 2 s more, then one every 0.5 s."""
+    channel = SimpleNamespace(closed=False, send=lambda chunk: None)
+    made = Request(id="r", prompt=[1, 2, 3], params=SamplingParams(), channel=channel, arrival=100.0)
+    made.finish_reason = reason
+    made.first_scheduled = 101.0
+    made.computed = 3
+    if tokens:
+        made.output = list(range(tokens))
+        made.first_token = 103.0
+        made.last_token = 103.0 + 0.5 * (tokens - 1)
+    return made
+
+
+def test_vllm_names_types_and_labels(metrics: Metrics) -> None:
+    found = families(metrics)
+    for kind, names in VLLM.items():
+        assert {name for name in found if name.startswith("vllm:") and found[name].type == kind} == names
+        for name in names:
+            assert found[name].samples, f"{name} is absent until something happens"
+            for sample in found[name].samples:
+                assert sample.labels["model_name"] == 'ti"ny'
+                assert sample.labels["engine"] == "0"
+
+
+def test_docs_list_exactly_what_exists(metrics: Metrics) -> None:
+    metrics.http("/v1/models", "GET", 200)
+    metrics.feedback("thumbs", True)
+    exposed = {}
+    for name, family in families(metrics).items():
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        exposed[name] = (family.type, labels - COMMON if name.startswith("vllm:") else labels)
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \|([^|]*)\|[^|]+\|$", DOCS.read_text(), re.MULTILINE)
+    documented = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert documented == exposed
+    assert len(rows) == len(documented), "a metric is listed twice"
+
+
+def test_buckets_hold_vllms() -> None:
+    ttft = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+    token = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
+    latency = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
+    for ours, theirs in [(TTFT_SECONDS, ttft), (TOKEN_SECONDS, token), (LATENCY_SECONDS, latency)]:
+        assert {float(bound) for bound in theirs.split()} <= set(ours)
+        assert list(ours) == sorted(set(ours))
+
+
+def test_a_finished_request_is_observed_once_with_its_times(metrics: Metrics) -> None:
+    metrics.request_finished(request(), now=106.0)
+    sums = {
+        "vllm:time_to_first_token_seconds": 3.0,
+        "vllm:e2e_request_latency_seconds": 6.0,
+        "vllm:request_queue_time_seconds": 1.0,
+        "vllm:request_prefill_time_seconds": 2.0,
+        "vllm:request_decode_time_seconds": 2.0,
+        "vllm:request_inference_time_seconds": 4.0,
+        "vllm:request_time_per_output_token_seconds": 0.5,
+        "vllm:request_prompt_tokens": 3,
+        "vllm:request_generation_tokens": 5,
+    }
+    for name, expected in sums.items():
+        assert value(metrics, f"{name}_sum") == expected, name
+        assert value(metrics, f"{name}_count") == 1, name
+        assert value(metrics, f"{name}_bucket", le="+Inf") == 1, name
+    assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
+    assert value(metrics, "vllm:prompt_tokens_total") == 3
+
+
+def test_tokens_counted_are_tokens_sent(metrics: Metrics) -> None:
+    for tokens in (1, 2, 5):
+        metrics.step_tokens([0.5] * (tokens - 1))
+        metrics.request_finished(request("length", tokens=tokens), now=106.0)
+    assert value(metrics, "vllm:generation_tokens_total") == 8
+    assert value(metrics, "vllm:inter_token_latency_seconds_count") == 5
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_count") == 2  # not of a single token
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_request_that_ends_early_has_only_the_times_it_had(metrics: Metrics, reason: FinishReason) -> None:
+    queued, prefilling = request(reason, tokens=0), request(reason, tokens=0)
+    queued.first_scheduled, queued.computed, prefilling.computed = None, 0, 2
+    metrics.request_finished(queued, now=101.0)
+    metrics.request_finished(prefilling, now=102.0)
+    assert value(metrics, "vllm:request_success_total", finished_reason=reason) == 2
+    assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 2
+    assert value(metrics, "vllm:request_queue_time_seconds_count") == 1
+    assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
+    assert value(metrics, "vllm:request_inference_time_seconds_count") == 0
+    assert value(metrics, "vllm:prompt_tokens_total") == 2
+
+
+def test_an_embedding_has_inference_time_and_no_tokens(metrics: Metrics) -> None:
+    embedding = request(tokens=0)
+    embedding.embed = True
+    metrics.request_finished(embedding, now=104.0)
+    assert value(metrics, "vllm:request_inference_time_seconds_sum") == 3.0
+    assert value(metrics, "vllm:generation_tokens_total") == 0
+    assert value(metrics, "vllm:prompt_tokens_total") == 3
+
+
+def test_step_and_prefix_cache(metrics: Metrics) -> None:
+    metrics.step(tokens=33, running=3, waiting=2, kv_usage=0.25)
+    metrics.step(tokens=3, running=2, waiting=0, kv_usage=0.125)
+    metrics.prefix_cache(queried=10, hit=8)
+    assert value(metrics, "vllm:num_requests_running") == 2
+    assert value(metrics, "vllm:num_requests_waiting") == 0
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.125
+    assert value(metrics, "vllm:iteration_tokens_total_sum") == 36
+    assert value(metrics, "vllm:iteration_tokens_total_bucket", le="8.0") == 1
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 10
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 8
+
+
+def test_a_value_on_an_edge_falls_below_it(metrics: Metrics) -> None:
+    metrics.step_tokens([0.01, 0.0100001, 1000.0])
+    assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.01") == 1
+    assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.025") == 2
+    assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="80.0") == 2
+    assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="+Inf") == 3
+
+
+def test_labels_stay_bounded(metrics: Metrics) -> None:
+    for number in range(50):
+        metrics.feedback(f"made-up-{number}", 0.5)
+        metrics.http("/v1/models", "GET", 200 + number)
+    metrics.feedback("thumbs", False)
+    metrics.feedback("comment", "nice")
+    assert value(metrics, "pawl_feedback_total", metric_name="other", value="number") == 50
+    assert value(metrics, "pawl_feedback_total", metric_name="thumbs", value="false") == 1
+    assert value(metrics, "pawl_feedback_total", metric_name="comment", value="text") == 1
+    assert len(families(metrics)["http_requests_total"].samples) == 1
+    assert value(metrics, "http_requests_total", status="2xx") == 50
+
+
+def test_rejections_and_losses(metrics: Metrics) -> None:
+    metrics.admission_rejected("queue_full")
+    metrics.interactions_lost(3)
+    assert value(metrics, "vllm:admission_rejections_total", reason="queue_full") == 1
+    assert value(metrics, "vllm:admission_rejections_total", reason="draining") == 0
+    assert value(metrics, "pawl_interactions_lost_total") == 3
+
+
+def test_openmetrics_when_asked(metrics: Metrics) -> None:
+    metrics.request_finished(request(), now=106.0)
+    body, content_type = metrics.render("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    names = {family.name for family in parse_openmetrics(body.decode())}
+    assert "vllm:time_to_first_token_seconds" in names
+    assert metrics.render()[1].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.system
+def test_promtool_finds_only_vllms_names_odd(metrics: Metrics) -> None:
+    metrics.http("/v1/models", "GET", 200)
+    metrics.feedback("thumbs", True)
+    done = subprocess.run(["promtool", "check", "metrics"], input=metrics.render()[0], capture_output=True)
+    complaints = set((done.stdout + done.stderr).decode().splitlines())
+    colons = {f"{name} metric names should not contain ':'" for names in VLLM.values() for name in names}
+    assert complaints == colons | {'vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix'}
