@@ -1,0 +1,143 @@
+"""`python -m bench`: our server and its peers in one run, turn by turn.
+
+1 bandwidth of memory; 2 engines alone; 3 all servers started; 4 for each load and round, each server in turn with the
+others frozen; 5 the table, the file, and the same document as the last line. The machine should be otherwise idle: a
+peer whose threads spin loses far more than its share to a neighbour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench import pawl
+from bench.bandwidth import read_bandwidth
+from bench.load import run_load
+from bench.machine import describe
+from bench.row import Load, Row, median_row
+from bench.server import Server
+from bench.table import table
+
+PEERS = ("llama_cpp",)
+MIN_REQUESTS = 8
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Compare Pawl with its peers in one run.")
+    parser.add_argument("--model", type=Path, help="our artifact; without it only the peers are measured")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="what to compare with, baseline first")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: %(default)s)")
+    parser.add_argument("--input-len", type=int, nargs="+", default=[128, 512], help="prompt (default: %(default)s)")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("engine", "http"), default=["engine", "http"], help="what to run"
+    )
+    parser.add_argument("--out", type=Path, help="file for the whole result")
+    args = parser.parse_args()
+    if args.model is None and not args.peers:
+        parser.error("nothing to measure: give --model, --peers or both")
+    return args
+
+
+def measure_engines(peers: list[ModuleType], model: Path | None, loads: list[Load], rounds: int) -> Iterator[list[Row]]:
+    for _ in range(rounds):
+        for peer in peers:
+            yield peer.engine_rows(loads)
+        if model is not None:
+            yield pawl.engine_rows(model, loads)
+
+
+def measure_servers(servers: list[Server], loads: list[Load], rounds: int) -> Iterator[Row]:
+    for load in loads:
+        num_requests = max(2 * load.concurrency, MIN_REQUESTS)
+        for turn in range(rounds):
+            for server in servers:
+                server.thaw()
+                figures = run_load(server.port, server.model, load, num_requests=num_requests, seed=turn)
+                server.freeze()
+                yield Row(server.name, "http", load, figures)
+
+
+def medians(rows: list[Row]) -> list[Row]:
+    groups: dict[tuple[str, str, Load], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.system, row.part, row.load), []).append(row)
+    return [median_row(group) for group in groups.values()]
+
+
+def limits(rows: list[Row], servers: list[Server], bandwidth: float) -> dict[str, Any]:
+    """Per system: the most tokens per second that memory allows one stream, and the share of it that was reached."""
+    found: dict[str, Any] = {}
+    for server in servers:
+        limit = bandwidth / server.weight_bytes
+        ours = [row for row in rows if row.system == server.name and row.load.concurrency == 1]
+        shares = {f"{row.part}_{row.load.input_len}_share": row.output_throughput / limit for row in ours}
+        found[server.name] = {"weight_bytes": server.weight_bytes, "limit_tokens_per_second": limit, **shares}
+    return found
+
+
+def main() -> int:
+    args = parse()
+    document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:]}
+    peers = [importlib.import_module(f"bench.peers.{name}") for name in args.peers]
+    for peer in peers:
+        peer.prepare()
+    loads = [Load(n, args.output_len, c) for n in args.input_len for c in args.concurrency]
+    bandwidth = read_bandwidth()
+    document["read_bandwidth_bytes_per_second"] = bandwidth
+    note(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
+
+    servers = [peer.server(loads) for peer in peers]
+    if args.model is not None:
+        servers.append(pawl.server(args.model, loads))
+    rows: list[Row] = []
+    if "engine" in args.parts:
+        for found in measure_engines(peers, args.model, loads, args.rounds):
+            rows += found
+            note(f"engine of {found[0].system}: done" if found else "no bench.engine: our engine alone is left out")
+    if "http" in args.parts:
+        with contextlib.ExitStack() as stack:
+            for server in servers:
+                stack.enter_context(server)
+                server.freeze()
+                note(f"{server.name}: first answer after {server.startup_seconds:.2f} s")
+            for row in measure_servers(servers, loads, args.rounds):
+                rows.append(row)
+                note(f"{row.system} {row.load}: {row.output_throughput:.0f} tok/s, {row.figures['failed']} failed")
+            document["servers"] = {
+                server.name: {
+                    "startup_seconds": server.startup_seconds,
+                    "peak_bytes": server.peak_bytes(),
+                    # names only: where things lie on this machine is nobody's business
+                    "command": [Path(part).name if part.startswith("/") else part for part in server.arguments],
+                }
+                for server in servers
+            }
+    summary = medians(rows)
+    document["limits"] = limits(summary, servers, bandwidth)
+    document["results"] = [row.document() for row in summary]
+    print(table(summary, servers[0].name))
+    for name, share in document["limits"].items():
+        print(f"{name}: {json.dumps(share)}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        whole = document | {"rounds": [row.document() for row in rows]}
+        args.out.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(document))
+    return 0
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
