@@ -179,7 +179,9 @@ class FeedbackRequest(Part):
         if isinstance(self.value, str) != (self.metric_name in TEXT_METRICS):
             wanted = "text" if self.metric_name in TEXT_METRICS else "a boolean or a number"
             texts = " and ".join(sorted(TEXT_METRICS))
-            raise InvalidRequest(f"metric {self.metric_name!r} takes {wanted}; {texts} take text", param="value")
+            raise InvalidRequest(
+                f"the value of metric {self.metric_name!r} is {wanted}; {texts} take text", param="value"
+            )
 
 
 T = TypeVar("T", bound=Call | FeedbackRequest)

@@ -26,7 +26,7 @@ from serve.api import (
 )
 from serve.auth import KeyCheck, check_request_id
 from serve.errors import Draining, InternalError, NotFound, PawlError
-from serve.http_limits import GuardedServer, MethodNotAllowed, read_json, refuse
+from serve.http_limits import SERVER, GuardedServer, MethodNotAllowed, read_json, refuse
 from serve.openai_json import Events, usage_json, whole_json
 from serve.parsing import show
 from serve.service import Service
@@ -92,8 +92,10 @@ class HttpApi:
             except Exception:
                 log.exception("a handler failed")
                 response = refuse(InternalError("the request failed inside the server"))
-            if request_id and not response.prepared:
-                response.headers["X-Request-Id"] = request_id
+            if not response.prepared:
+                response.headers["Server"] = SERVER
+                if request_id:
+                    response.headers["X-Request-Id"] = request_id
             status = response.status
             return response
         finally:
@@ -205,6 +207,11 @@ class HttpServer:
     def __init__(self, runner: web.ServerRunner, port: int) -> None:
         self._runner = runner
         self.port = port
+
+    @property
+    def num_connections(self) -> int:
+        server = self._runner.server
+        return 0 if server is None else len(server.connections)
 
     async def stop(self) -> None:
         """Accept nothing new, let running answers finish within `drain_seconds`, close."""

@@ -23,6 +23,7 @@ from serve.settings import Settings
 
 log = logging.getLogger("pawl.http")
 
+SERVER = "pawl"  # aiohttp would tell its version and Python's
 MAX_LINE_BYTES = 8190  # of the request line, and of one header
 MAX_HEADERS = 64
 IDLE_SECONDS = 75.0  # a kept-alive connection without a request; longer than usual proxies' 60 s
@@ -61,7 +62,7 @@ class HeadersTooLarge(PawlError):
 
 def refuse(error: PawlError) -> web.Response:
     """OpenAI's error body."""
-    headers = {}
+    headers = {"Server": SERVER}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Unauthenticated):

@@ -6,11 +6,12 @@ import asyncio
 
 from aiohttp import web
 
-from serve.http_limits import GuardedProtocol
+from serve.http_limits import SERVER, GuardedProtocol
 
 KEEP_ALIVE_SECONDS = 15.0
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {
+    "Server": SERVER,
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold events back

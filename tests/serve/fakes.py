@@ -1,0 +1,229 @@
+"""A scripted engine and its neighbours, so that the adapters are tested against real clients without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from proto.manifest import Architecture, GateReport, Lineage, Manifest, Precision, Recipe
+from proto.records import Feedback, Interaction
+from serve.errors import Draining, InvalidRequest, NotFound, Overloaded, Unavailable
+from serve.grpc_api import GrpcServer, start_grpc
+from serve.http_api import HttpServer, start_http
+from serve.request import Chunk, Request, TokenLogprob
+from serve.service import Service
+from serve.settings import Settings
+
+CONTEXT = 4096
+VOCABULARY = 256
+
+
+class FakeTokenizer:
+    """Bytes are the tokens."""
+
+    vocab_size = VOCABULARY
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        if messages[-1]["role"] == "assistant":
+            raise InvalidRequest(
+                "the chat template refused the messages: the last is the assistant's", param="messages"
+            )
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+@dataclass
+class FakeEngine:
+    """Echoes the prompt, over and over, rotated by the seed, one token per turn of the loop."""
+
+    room: int = 64  # requests at once
+    step_seconds: float = 0.0
+    fail_after: int | None = None  # tokens, then an error
+    draining: bool = False
+    running: set[Request] = field(default_factory=set)
+    seen: list[Request] = field(default_factory=list)
+    cancelled: list[Request] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def submit(self, *requests: Request) -> None:
+        if self.draining:
+            raise Draining("the server is shutting down")
+        if len(self.running) + len(requests) > self.room:
+            raise Overloaded(f"{len(self.running)} requests are waiting", retry_after_seconds=3)
+        for request in requests:
+            self.running.add(request)
+            self.seen.append(request)
+            task = asyncio.get_running_loop().create_task(self._run(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self.changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something about the requests to become true."""
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def _run(self, request: Request) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        params, prompt = request.params, request.prompt
+        while True:
+            await asyncio.sleep(self.step_seconds)
+            if request.channel.closed:
+                self.cancelled.append(request)
+                break
+            if request.embed:
+                embedding = [len(prompt) / 2, -1.5, 0.25]
+                request.channel.send(Chunk(finish_reason="stop", usage=request.usage, embedding=embedding))
+                break
+            number = len(request.output)
+            if number == self.fail_after:
+                request.channel.send(Chunk(finish_reason="error", error="it broke", usage=request.usage))
+                break
+            token = prompt[(number + (params.seed or 0)) % len(prompt)]
+            request.output.append(token)
+            request.first_token = request.first_token or request.arrival
+            chunk = Chunk(text=decoder.decode(bytes([token])), token_ids=[token])
+            if params.logprobs is not None:
+                top = tuple((id, -0.5 - id) for id in range(params.logprobs))
+                chunk.logprobs = [TokenLogprob(token, -0.25, top)]
+            if len(request.output) == params.max_tokens:
+                chunk.text += decoder.decode(b"", final=True)
+                chunk.finish_reason, chunk.usage = "length", request.usage
+            request.channel.send(chunk)
+            if chunk.finish_reason:
+                break
+        self.running.discard(request)
+        self.changed.set()
+
+
+@dataclass
+class FakeRecords:
+    kept: dict[str, Interaction] = field(default_factory=dict)
+    judged: list[Feedback] = field(default_factory=list)
+    failing: bool = False
+
+    def interaction(self, record: Interaction) -> None:
+        self.kept[record.id] = record
+
+    async def feedback(self, feedback: Feedback) -> str:
+        if self.failing:
+            raise Unavailable("feedback cannot be stored now", retry_after_seconds=5)
+        if feedback.inference_id not in self.kept:
+            raise NotFound(f"no interaction has the id {feedback.inference_id!r}", param="inference_id")
+        self.judged.append(feedback)
+        return feedback.id
+
+
+@dataclass
+class FakeMetrics:
+    counted: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def http(self, handler: str, method: str, status: int) -> None:
+        self.counted.append((handler, method, status))
+
+    def render(self) -> tuple[bytes, str]:
+        return b"# EOF\n", "text/plain; version=0.0.4; charset=utf-8"
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        format_version=1,
+        name="echo",
+        architecture=Architecture(
+            family="llama",
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_size=8,
+            hidden_size=8,
+            vocab_size=VOCABULARY,
+            max_context=CONTEXT,
+        ),
+        recipe=Recipe(name="w8a8", default=Precision(weight_bits=8, activation_bits=8)),
+        kv_cache="int8",
+        target="cpu",
+        files={},
+        lineage=Lineage(checkpoint="0" * 64),
+        gate=GateReport(passed=True, forced=False, tokens=100, metrics={"kl_nats": 0.5}, thresholds={"kl_nats": 1.0}),
+    )
+
+
+@dataclass
+class Rig:
+    """Both servers, running over one scripted engine."""
+
+    service: Service
+    settings: Settings
+    engine: FakeEngine
+    records: FakeRecords
+    metrics: FakeMetrics
+    http: HttpServer
+    grpc: GrpcServer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.port}"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.grpc.port}"
+
+
+@asynccontextmanager
+async def serving(engine: FakeEngine | None = None, **options: Any) -> AsyncIterator[Rig]:
+    settings = Settings(model=Path("unused"), http_port=0, grpc_port=0, **({"drain_seconds": 5.0} | options))
+    engine, records, metrics = engine or FakeEngine(), FakeRecords(), FakeMetrics()
+    tokenizer: Any = FakeTokenizer()
+    parts: list[Any] = [engine, tokenizer, records, metrics]
+    service = Service(*parts, manifest(), settings, max_context=CONTEXT)
+    http, grpc = await start_http(service, settings), await start_grpc(service, settings)
+    try:
+        yield Rig(service, settings, engine, records, metrics, http, grpc)
+    finally:
+        await asyncio.gather(http.stop(), grpc.stop())
+        service.close()
+
+
+def run(main: Callable[[], Awaitable[None]], seconds: float = 20) -> None:
+    """Run a test on uvloop, as the server does."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await main()
+
+    uvloop.run(bounded())
+
+
+async def exchange(port: int, data: bytes, *, eof: bool = False) -> bytes:
+    """Send raw bytes; what the server answers until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        if eof:
+            writer.write_eof()
+        answer = bytearray()
+        while chunk := await reader.read(65536):
+            answer += chunk
+        return bytes(answer)
+    finally:
+        writer.close()
