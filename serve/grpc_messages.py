@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from proto import inference_pb2 as pb
 from serve.answer import Answer
@@ -17,11 +19,24 @@ M = TypeVar("M", bound=Message)
 
 
 def decode(kind: type[M], data: bytes) -> M:
-    """Parse. Raises InvalidRequest for garbage."""
+    """Parse. Raises InvalidRequest for garbage, and for fields of a newer contract: nothing is ignored."""
     try:
-        return kind.FromString(data)
+        message = kind.FromString(data)
     except DecodeError as error:
         raise InvalidRequest(f"the message is not a {kind.DESCRIPTOR.full_name}") from error
+    if unknown := next(_unknown_fields(message), None):
+        raise InvalidRequest(f"{unknown} is not known to this server; leave it out")
+    return message
+
+
+def _unknown_fields(message: Message) -> Iterator[str]:
+    unknown = UnknownFieldSet(message)
+    for index in range(len(unknown)):
+        yield f"field number {unknown[index].field_number} of {message.DESCRIPTOR.full_name}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None and not descriptor.message_type.GetOptions().map_entry:
+            for item in [value] if isinstance(value, Message) else value:
+                yield from _unknown_fields(item)
 
 
 def fields_of(message: Message) -> dict[str, Any]:
