@@ -1,7 +1,7 @@
 """What the model's activations look like: inputs of every product, and the range of keys and values.
 
-Runs the full-precision graph with the inputs of all products as extra outputs. Memory: `rows` rows of every product's
-input, in float32.
+Runs the full-precision graph with the inputs of all products as extra outputs. Memory, in float32: `rows` rows of every
+product's input, and its second moment [K, K].
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from compress.families import Decoder
 from compress.graph import GraphBuilder
 from serve.runner import open_session
 
+KV_MARGIN = 1.1  # other text has larger keys and values than the calibration's largest; clipping costs most
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:
     inputs: dict[str, Floats]  # product -> sampled input rows, [rows, K]
+    moments: dict[str, Floats]  # product -> sum of x x^T over all rows, [K, K]
     kv_scales: list[tuple[Floats, Floats]]  # by layer: int8 steps of keys (after rotary) and values, [kv_heads, head]
 
 
@@ -41,12 +44,13 @@ def calibrate(
 ) -> Activations:
     """Run every window through the tapped graph in directory `graph`, keeping `rows` rows of each input.
 
-    The rows with the largest magnitudes of a window matter most and are rare: the first token's are always kept.
+    The first token of a window is always kept among them: its activations are by far the largest.
     """
     session = open_session(graph, threads)
     products = [product for product in decoder.products if product != "head"]
     caches = [f"{kind}_cache_out.{i}" for i in range(decoder.num_layers) for kind in ("key", "value")]
     parts: dict[str, list[Floats]] = {product: [] for product in products}
+    moments: dict[str, Floats] = {}
     peaks = np.zeros((len(caches), decoder.num_kv_heads, decoder.head_size), np.float32)
     random = np.random.default_rng(0)
     per_window = max(2, rows // len(windows))
@@ -63,12 +67,15 @@ def calibrate(
         found = session.run([f"tap.{product}" for product in products] + caches, feeds)
         kept = np.concatenate([[0], random.choice(length - 1, per_window - 1, replace=False) + 1])
         for product, values in zip(products, found, strict=False):
-            parts[product].append(values.reshape(-1, values.shape[-1])[kept])
+            x = values.reshape(-1, values.shape[-1])
+            parts[product].append(x[kept])
+            moments[product] = moments.get(product, np.float32(0)) + x.T @ x
         for i, cache in enumerate(found[len(products) :]):
             np.maximum(peaks[i], np.abs(cache[0]).max(axis=1), out=peaks[i])
         progress()
-    steps = np.maximum(peaks, 1e-6) / 127
+    steps = KV_MARGIN * np.maximum(peaks, 1e-6) / 127
     return Activations(
         {product: np.concatenate(part) for product, part in parts.items()},
+        moments,
         [(steps[2 * i], steps[2 * i + 1]) for i in range(decoder.num_layers)],
     )

@@ -17,13 +17,15 @@ THRESHOLDS = {"perplexity_ratio": 1.01, "kl": 0.02, "greedy_agreement": 0.93}
 CHUNK = 128  # tokens a run, as in serving
 
 
-def log_softmax(logits: Floats) -> np.ndarray:
+def log_softmax(logits: Floats) -> Floats:
     """Natural-log probabilities over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    totals = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    result: Floats = shifted - np.log(totals).astype(np.float32)
+    return result
 
 
-def score(runner: Runner, plan: Plan) -> np.ndarray:
+def score(runner: Runner, plan: Plan) -> Floats:
     output = runner.run(plan)
     return log_softmax(output.logits[output.rows])
 

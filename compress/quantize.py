@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from tqdm import tqdm
 
 from compress.calibration import Activations, calibrate, tap_inputs
@@ -23,8 +24,9 @@ from compress.corpus import Corpus, default_texts, make_corpus, split_texts
 from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import judge
-from compress.linear import FLOAT
+from compress.linear import FLOAT, Int8, WeightHook
 from compress.recipes import W8A16, make_recipe
+from compress.rounding import round_compensating
 from compress.smoothing import search_layer
 from compress.weights import Weights
 from proto.manifest import (
@@ -62,7 +64,7 @@ class Options:
     calibration_windows: int = 16
     held_out_windows: int = 16
     calibration_rows: int = 512
-    sensitive_error: float = 0.002  # products left with a larger error read their input in two int8 planes
+    sensitive_error: float = 0.001  # products left with a larger error read their input in two int8 planes
     threads: int = 0
     force: bool = False
 
@@ -76,7 +78,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         raise FileExistsError(f"{target} exists; remove it or name another output")
     checkpoint = Checkpoint(source)
     decoder = describe(checkpoint)
-    recipe = make_recipe(options.recipe, decoder)
+    recipe = make_recipe(options.recipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         work = Path(temporary)
@@ -88,6 +90,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         calibration, held_out = corpora(options, tokenizer)
         scales: dict[str, Floats] = {}
         activations: Activations | None = None
+        hook: WeightHook | None = None
         if recipe.default != FLOAT or options.kv == "int8":
             with tqdm(total=len(calibration.windows), desc="calibrate", unit="window") as bar:
                 full = Recipe(name="fp32", default=FLOAT)
@@ -104,8 +107,11 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             reference.mkdir()
         if recipe.default != FLOAT and activations is not None:
             recipe, scales = migrate(checkpoint, decoder, recipe, activations, options)
+            hook = compensating_hook(activations, scales)
         kv_scales = activations.kv_scales if activations is not None and options.kv == "int8" else None
-        architecture = build(checkpoint, artifact, recipe, kv=options.kv, kv_scales=kv_scales, scales=scales)
+        architecture = build(
+            checkpoint, artifact, recipe, kv=options.kv, kv_scales=kv_scales, scales=scales, weight_hook=hook
+        )
         build(checkpoint, reference, Recipe(name="fp32", default=FLOAT), max_context=options.window)
         gate = run_gate(reference, artifact, decoder, held_out, options, threads)
         manifest = Manifest(
@@ -157,6 +163,18 @@ def migrate(
     return msgspec.structs.replace(recipe, products=raised), scales
 
 
+def compensating_hook(activations: Activations, scales: dict[str, Floats]) -> WeightHook:
+    """Rounds each product's weight so that errors cancel on the calibration inputs; the head stays nearest."""
+
+    def round_weight(product: str, weight: Floats) -> tuple[Int8, Floats] | None:
+        if product not in activations.moments:
+            return None  # the head, which may be the embedding too
+        scale = scales.get(product, np.ones(weight.shape[1], np.float32))
+        return round_compensating(weight, activations.moments[product] / np.outer(scale, scale))
+
+    return round_weight
+
+
 def run_gate(
     reference: Path, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
 ) -> GateReport:
@@ -164,7 +182,9 @@ def run_gate(
     for directory in (reference, artifact):
         architecture = decoder.architecture(options.window)
         session = open_session(directory, threads)
-        runners.append(StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window))
+        runners.append(
+            StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
+        )
     with tqdm(total=len(held_out.windows), desc="gate", unit="window") as bar:
         return judge(runners[0], runners[1], held_out.windows, forced=options.force, progress=bar.update)
 

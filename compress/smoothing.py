@@ -22,7 +22,8 @@ ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def quantize_rows(x: Floats) -> Floats:
     """Rows of x as symmetric int8 would hold them, dequantized."""
     scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / LEVELS
-    return np.rint(x / scale) * scale
+    rounded: Floats = np.rint(x / scale) * scale
+    return rounded
 
 
 def output_error(x: Floats, weight: Floats, scale: Floats, exact: Floats) -> float:

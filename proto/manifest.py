@@ -35,7 +35,7 @@ class _Part(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class Architecture(_Part):
+class Architecture(_Part, frozen=True):
     """The numbers that a server needs without opening the graph."""
 
     family: str
@@ -50,14 +50,14 @@ class Architecture(_Part):
     eos_token_ids: list[int] = []
 
 
-class Precision(_Part):
+class Precision(_Part, frozen=True):
     """How one product's operands are held: bits of weights and of activations (32: float)."""
 
     weight_bits: int
     activation_bits: int
 
 
-class Recipe(_Part):
+class Recipe(_Part, frozen=True):
     """The precision recipe by product; products not listed have `default`."""
 
     name: str
@@ -65,12 +65,12 @@ class Recipe(_Part):
     products: dict[str, Precision] = {}
 
 
-class FileEntry(_Part):
+class FileEntry(_Part, frozen=True):
     sha256: Digest
     size_bytes: Annotated[int, Meta(ge=0)]
 
 
-class Lineage(_Part):
+class Lineage(_Part, frozen=True):
     """Where the artifact came from."""
 
     checkpoint: Digest
@@ -80,7 +80,7 @@ class Lineage(_Part):
     created: str = ""  # ISO 8601, UTC
 
 
-class GateReport(_Part):
+class GateReport(_Part, frozen=True):
     """The gate's figures against the full-precision reference on held-out text, and the limits set before the run."""
 
     passed: bool
@@ -90,7 +90,7 @@ class GateReport(_Part):
     thresholds: dict[str, float]
 
 
-class Manifest(_Part):
+class Manifest(_Part, frozen=True):
     format_version: int
     name: str
     architecture: Architecture

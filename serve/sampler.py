@@ -84,7 +84,7 @@ def logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `top` most probable tokens under the raw logits."""
     peak = float(logits.max())
     total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
-    best = _largest(logits, top) if top else []
+    best = _largest(logits, top)[:top]
     return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))
 
 

@@ -48,6 +48,9 @@ def make_engine(
         for channel, chunk in batch:
             channel.send(chunk)
 
+    def deliver(batch: list[tuple[Channel, Chunk]]) -> None:
+        loop.call_soon_threadsafe(dispatch, batch)
+
     runner = StockRunner(
         open_session(settings.model, choices.threads),
         manifest.architecture,
@@ -61,7 +64,7 @@ def make_engine(
         Scheduler(cache, prefill_chunk=settings.prefill_chunk, max_queue=settings.max_queue),
         tokenizer,
         metrics,
-        lambda batch: loop.call_soon_threadsafe(dispatch, batch) and None,
+        deliver,
         eos_token_ids=tuple(manifest.architecture.eos_token_ids),
         vocab_size=manifest.architecture.vocab_size,
         request_timeout_seconds=settings.request_timeout_seconds,
@@ -116,10 +119,7 @@ async def run(settings: Settings) -> int:
     await stop.wait()
 
     log.info("draining: finishing what was accepted, refusing what comes")
-    drained = asyncio.to_thread(engine.drain, settings.drain_seconds)
-    draining = asyncio.create_task(drained)
-    await asyncio.sleep(0)
-    finished = await draining
+    finished = await asyncio.to_thread(engine.drain, settings.drain_seconds)
     await asyncio.gather(http.stop(), grpc.stop())
     service.close()
     await records.close()

@@ -1,0 +1,68 @@
+"""The tiny model as a real artifact, engines over it, and a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from compress.quantize import Options, quantize
+from proto.manifest import Manifest, load
+from serve.engine import Engine
+from serve.kv_cache import KVCache
+from serve.metrics import Metrics
+from serve.plan import Runner
+from serve.runner import StockRunner, open_session
+from serve.scheduler import Scheduler
+from serve.server import Choices
+from serve.tokenizer import Tokenizer
+from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, Server, deliver, make_checkpoint, start_server, stop_server
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("artifact")
+    make_checkpoint(root / "checkpoint")
+    (root / "text.txt").write_text(TEXT * 4)
+    options = Options(
+        text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, calibration_rows=64, force=True
+    )
+    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
+    return root / "tiny"
+
+
+@pytest.fixture(scope="session")
+def manifest(artifact: Path) -> Manifest:
+    return load(artifact)
+
+
+@pytest.fixture(scope="session")
+def make_runner(artifact: Path, manifest: Manifest) -> Callable[[], StockRunner]:
+    session = open_session(artifact, 2)
+    return lambda: StockRunner(session, manifest.architecture, num_slots=SLOTS, capacity=CAPACITY, max_rows=CHUNK)
+
+
+@pytest.fixture
+def make_engine(artifact: Path, manifest: Manifest, make_runner: Callable[[], Runner]) -> Callable[..., Engine]:
+    def make(runner: Runner | None = None, max_queue: int = 64, timeout: float = 600) -> Engine:
+        choices = Choices(2, "test", CAPACITY, SLOTS, "test", 0)
+        return Engine(
+            runner or make_runner(),
+            Scheduler(KVCache(SLOTS, CAPACITY, CHUNK), prefill_chunk=CHUNK, max_queue=max_queue),
+            Tokenizer(artifact),
+            Metrics(manifest, "tiny", choices),
+            deliver,
+            eos_token_ids=tuple(manifest.architecture.eos_token_ids),
+            vocab_size=manifest.architecture.vocab_size,
+            request_timeout_seconds=timeout,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = start_server(artifact, tmp_path_factory.mktemp("records") / "records.sqlite")
+    yield running
+    assert stop_server(running) == 0
