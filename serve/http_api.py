@@ -192,7 +192,7 @@ class HttpApi:
         return _json({"status": "ready"})
 
     async def metrics(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
-        body, content_type = self.service.metrics.render()
+        body, content_type = self.service.metrics.render(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def index(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from serve.settings import Settings
     from serve.tokenizer import Tokenizer
 
-LONG_TEXT = 8192  # characters, or tokens: above, tokenizing would hold up the event loop for milliseconds
+LONG_TEXT = 2048  # characters, or tokens: above, tokenizing would hold up the event loop for milliseconds
 Endpoint = Literal["completion", "chat", "embedding"]
 Submitted = CompletionRequest | ChatRequest | EmbeddingRequest
 T = TypeVar("T")
@@ -237,7 +237,11 @@ class Service:
             feedback = contract.convert(fields, Feedback)
         except contract.RecordError as error:
             raise InvalidRequest(str(error), param=error.field) from error
-        return feedback.id if call.dryrun else await self.records.feedback(feedback)
+        if call.dryrun:
+            return feedback.id
+        feedback_id = await self.records.feedback(feedback)
+        self.metrics.feedback(call.metric_name, call.value)
+        return feedback_id
 
     def _record(
         self, answer: Answer, index: int, endpoint: Endpoint, request_id: str, call: Submitted, content: list[Any]

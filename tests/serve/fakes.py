@@ -137,11 +137,15 @@ class FakeRecords:
 @dataclass
 class FakeMetrics:
     counted: list[tuple[str, str, int]] = field(default_factory=list)
+    feedbacks: list[tuple[str, bool | float | str]] = field(default_factory=list)
 
     def http(self, handler: str, method: str, status: int) -> None:
         self.counted.append((handler, method, status))
 
-    def render(self) -> tuple[bytes, str]:
+    def feedback(self, metric_name: str, value: bool | float | str) -> None:
+        self.feedbacks.append((metric_name, value))
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
         return b"# EOF\n", "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -228,7 +228,7 @@ def test_an_answer_can_be_judged_by_its_id() -> None:
             assert (rig.records.judged[0].value, rig.records.judged[0].idempotency_key) == ("fine", "k1")
             async with http.post("/feedback", json=feedback | {"dryrun": True}) as reply:
                 assert reply.status == 200
-            assert len(rig.records.judged) == 2
+            assert len(rig.records.judged) == len(rig.metrics.feedbacks) == 2
             async with http.post("/feedback", json=feedback | {"inference_id": "nobody"}) as reply:
                 assert_error(reply.status, await reply.json(), 404)
             async with http.post("/feedback", json=feedback, headers={"Idempotency-Key": "a b"}) as reply:
