@@ -1,4 +1,4 @@
-"""One HTTP connection for load: sends a request, keeps what comes back with its arrival times, reads it later.
+"""One HTTP exchange under load: sends a request, keeps what comes back with its arrival times, reads it later.
 
 The client's processor time is the server's loss on a small machine, so nothing is parsed while a run goes on: a piece
 costs a clock reading and an append. `events` makes sense of the pieces afterwards.
@@ -10,9 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
-LAST_CHUNK = b"\r\n0\r\n\r\n"
 END_OF_HEAD = b"\r\n\r\n"
 
 
@@ -42,19 +40,26 @@ class Exchange:
         end, arrival = next(arrivals)
         pending = b""
         while position < len(whole):
-            size, text = len(whole) - position, whole[position:]
             if chunked:
-                line = whole.index(b"\r\n", position)
-                size, start = int(whole[position:line], 16), line + 2
-                text, position = whole[start : start + size], start + size + 2
+                line = whole.find(b"\r\n", position)
+                size = int(whole[position:line], 16)
+                text, position = whole[line + 2 : line + 2 + size], line + 2 + size + 2
+                if not size:
+                    return
+                if position > len(whole):
+                    raise BadAnswer("cut off within a chunk")
             else:
-                position += size
-            while end < position - 2:
+                line = whole.find(b"\n\n", position)
+                line = len(whole) if line < 0 else line + 2
+                text, position = whole[position:line], line
+            while end < min(position, len(whole)) - 2 * chunked:  # the piece that holds the text's last byte
                 end, arrival = next(arrivals)
             *events, pending = (pending + text).split(b"\n\n")
             for event in events:
                 if event.startswith(b"data: "):
                     yield arrival, event.removeprefix(b"data: ")
+        if chunked:
+            raise BadAnswer("cut off between chunks")
 
     def _arrivals(self) -> Iterator[tuple[int, float]]:
         total = 0
@@ -64,58 +69,35 @@ class Exchange:
 
 
 class Connection(asyncio.Protocol):
-    """Keeps one connection to the server, opened anew when the server closes it."""
+    """One request and its answer. Each has a connection of its own, opened before the clock starts.
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host = host
-        self.port = port
-        self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
-        self._done: asyncio.Future[None] | None = None
-        self._tail = b""
+    Reuse would be a little cheaper, but llama.cpp's server closes streamed connections that it promised to keep, and
+    every second request would be lost.
+    """
 
-    async def send(self, request: bytes) -> Exchange:
-        """Send `request`, wait for the end of its answer or of the connection."""
-        loop = asyncio.get_running_loop()
-        if self._transport is None or self._transport.is_closing():
-            await loop.create_connection(lambda: self, self.host, self.port)
-        assert self._transport is not None
-        self._done = loop.create_future()
-        self._tail = b""
-        self._exchange = exchange = Exchange(time.perf_counter())
-        self._transport.write(request)
-        await self._done
-        head = exchange.pieces[0][1][:1024].lower() if exchange.pieces else b""
-        if b"connection: close" in head or not head.startswith(b"http/1.1 200"):
-            self.close()
-        return exchange
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-            self._transport = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
+    def __init__(self) -> None:
+        self.exchange = Exchange(0.0)
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is None:
-            return
-        self._exchange.pieces.append((time.perf_counter(), data))
-        self._tail = (
-            (self._tail + data)[-len(LAST_CHUNK) :] if len(data) < len(LAST_CHUNK) else data[-len(LAST_CHUNK) :]
-        )
-        if self._tail == LAST_CHUNK or not self._exchange.pieces[0][1].startswith(b"HTTP/1.1 200"):
-            self._finish(complete=True)
+        self.exchange.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        # Without chunks the end of the connection ends the answer; with them it cuts it off.
-        pieces = self._exchange.pieces if self._exchange else []
-        whole = bool(pieces) and b"transfer-encoding: chunked" not in pieces[0][1][:2048].lower()
-        self._finish(complete=whole and error is None)
+        self.exchange.complete = error is None
+        self._closed.set_result(None)
 
-    def _finish(self, *, complete: bool) -> None:
-        if self._exchange is not None and self._done is not None and not self._done.done():
-            self._exchange.complete = complete
-            self._done.set_result(None)
+    async def ended(self) -> None:
+        await self._closed
+
+
+async def exchange(host: str, port: int, request: bytes) -> Exchange:
+    """Send `request`, which must ask for the connection's close, and wait for the end of its answer."""
+    try:
+        transport, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
+    except OSError:
+        return Exchange(time.perf_counter())
+    connection.exchange.sent = time.perf_counter()
+    transport.write(request)
+    await connection.ended()
+    transport.close()
+    return connection.exchange

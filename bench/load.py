@@ -12,11 +12,12 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 
-from bench.connection import Connection, Exchange
+from bench.connection import Exchange, exchange
 from bench.row import Load
 from bench.score import score
 
@@ -39,37 +40,43 @@ def request_bytes(load: Load, model: str, random_source: random.Random) -> bytes
             "stream_options": {"include_usage": True},
         }
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def _drive(port: int, requests: list[bytes], concurrency: int) -> tuple[list[Exchange], float]:
-    """Every request once, `concurrency` at a time. Returns the answers and the seconds from first send to last byte."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Answers, the seconds from the first send to the last byte, and this process's processor time in them."""
+
+    exchanges: list[Exchange]
+    duration: float
+    processor: float
+
+
+async def drive(port: int, requests: list[bytes], concurrency: int) -> Run:
+    """Every request once, `concurrency` at a time."""
     remaining: Iterator[bytes] = iter(requests)
     exchanges: list[Exchange] = []
 
-    async def client(connection: Connection) -> None:
+    async def client() -> None:
         while (request := next(remaining, None)) is not None:
-            exchanges.append(await connection.send(request))
-        connection.close()
+            exchanges.append(await exchange(HOST, port, request))
 
-    started = time.perf_counter()
-    await asyncio.gather(*(client(Connection(HOST, port)) for _ in range(concurrency)))
-    return exchanges, time.perf_counter() - started
+    started, processor = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return Run(exchanges, time.perf_counter() - started, time.process_time() - processor)
 
 
 def run_load(port: int, model: str, load: Load, *, num_requests: int, seed: int) -> dict[str, Any]:
     """Warm up, measure, and return vLLM's figures. Another seed makes other prompts."""
     source = random.Random(seed)
     warm = Load(load.input_len, WARM_UP_TOKENS, load.concurrency)
-    uvloop.run(_drive(port, [request_bytes(warm, model, source) for _ in range(load.concurrency)], load.concurrency))
+    uvloop.run(drive(port, [request_bytes(warm, model, source) for _ in range(load.concurrency)], load.concurrency))
     requests = [request_bytes(load, model, source) for _ in range(num_requests)]
-    processor = time.process_time()
-    exchanges, duration = uvloop.run(_drive(port, requests, load.concurrency))
-    client = time.process_time() - processor
-    pieces = sum(len(exchange.pieces) for exchange in exchanges)
-    figures = score(exchanges, duration)
-    return figures | {"num_prompts": num_requests, "client_us_per_piece": 1e6 * client / max(pieces, 1)}
+    run = uvloop.run(drive(port, requests, load.concurrency))
+    pieces = sum(len(exchange.pieces) for exchange in run.exchanges)
+    cost = {"num_prompts": num_requests, "client_us_per_piece": 1e6 * run.processor / max(pieces, 1)}
+    return score(run.exchanges, run.duration) | cost
 
 
 def main() -> None:
