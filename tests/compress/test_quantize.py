@@ -1,0 +1,230 @@
+"""The command, over a tiny checkpoint: what is published, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from compress import gate
+from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
+from compress.gate import THRESHOLDS
+from compress.quantize import Options
+from compress.recipes import RECIPES
+from proto.manifest import Manifest, load
+from tests.serve.tiny import TEXT, make_checkpoint
+
+SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantize") / "checkpoint"
+    make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 4)
+    return path
+
+
+@pytest.fixture
+def compress(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`python -m compress ...` in this process; gives the exit status."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+@pytest.fixture
+def quantize(compress: Run, checkpoint: Path, text: Path) -> Run:
+    def run(output: Path, *flags: str, source: Path = checkpoint) -> int:
+        return compress("quantize", source, "-o", output, "--text", text, "--threads", "2", *SMALL, *flags)
+
+    return run
+
+
+@pytest.fixture
+def any_figures_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model is far from robust: let it through, to see what is published then."""
+    for name, limit in {"perplexity_ratio": 9.0, "kl": 9.0, "greedy_agreement": 0.0}.items():
+        monkeypatch.setitem(gate.THRESHOLDS, name, limit)
+
+
+@pytest.fixture
+def no_figures_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gate.THRESHOLDS, "kl", -1.0)
+
+
+@pytest.mark.usefixtures("any_figures_pass")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+def test_every_recipe_publishes_a_whole_artifact(
+    recipe: str, kv: str, quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", "--recipe", recipe, "--kv", kv, "--name", "small") == 0
+    assert "passed the gate: perplexity" in capsys.readouterr().out
+    manifest = load(tmp_path / "tiny")
+    assert (manifest.name, manifest.recipe.name, manifest.kv_cache) == ("small", recipe, kv)
+    assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"}
+    assert manifest.gate is not None
+    assert (manifest.gate.passed, manifest.gate.forced) == (True, False)
+    assert manifest.lineage.command.startswith("python -m compress quantize ")
+    assert manifest.lineage.datasets.keys() == {"calibration", "held_out"}
+    assert len(set(manifest.lineage.datasets.values())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_full_precision_with_a_full_precision_cache_is_the_reference(quantize: Run, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "tiny", "--recipe", "fp32", "--kv", "fp32") == 0
+    report = judged(tmp_path / "tiny")
+    assert report["perplexity_ratio"] == pytest.approx(1, abs=1e-3)
+    assert report["kl"] == pytest.approx(0, abs=1e-5)
+    assert report["greedy_agreement"] == 1
+
+
+@pytest.mark.usefixtures("any_figures_pass")
+def test_wider_activations_are_nearer_to_the_reference(quantize: Run, tmp_path: Path) -> None:
+    for recipe in ("w8a8", "w8a16"):
+        assert quantize(tmp_path / recipe, "--recipe", recipe, "--kv", "fp32", "--sensitive-error", "9") == 0
+    assert judged(tmp_path / "w8a16")["kl"] < judged(tmp_path / "w8a8")["kl"]
+
+
+@pytest.mark.usefixtures("any_figures_pass")
+def test_sensitive_products_get_wider_activations(quantize: Run, tmp_path: Path) -> None:
+    for name, limit in {"none": "9", "all": "0"}.items():
+        assert quantize(tmp_path / name, "--sensitive-error", limit) == 0
+    assert load(tmp_path / "none").recipe.products.keys() == {"head"}
+    roles = ("qkv", "o", "gate_up", "down")
+    every = {f"layers.{layer}.{role}" for layer in range(2) for role in roles} | {"head"}
+    assert load(tmp_path / "all").recipe.products.keys() == every
+
+
+@pytest.mark.usefixtures("no_figures_pass")
+def test_a_failed_gate_leaves_nothing_behind(quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path / "tiny") == EXIT_GATE == 3
+    assert list(tmp_path.iterdir()) == []
+    message = capsys.readouterr().err
+    assert re.search(r"the gate failed and nothing was published: .*kl \S+ \(limit -1\).*--force", message)
+
+
+@pytest.mark.usefixtures("no_figures_pass")
+def test_force_publishes_and_says_so(
+    quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", "--force") == 0
+    assert "was forced through the gate" in capsys.readouterr().out
+    report = load(tmp_path / "tiny").gate
+    assert report is not None
+    assert (report.passed, report.forced) == (False, True)
+    assert report.thresholds == THRESHOLDS
+    assert compress("inspect", tmp_path / "tiny") == 0
+    assert "gate FAILED (forced)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("any_figures_pass")
+def test_inspect_tells_the_recipe_and_the_figures(
+    quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", "--sensitive-error", "9") == 0
+    capsys.readouterr()
+    assert compress("inspect", tmp_path / "tiny") == 0
+    shown = capsys.readouterr().out
+    assert "recipe w8a8: products W8A8, 1 of them W8A16" in shown
+    assert "KV cache int8" in shown
+    assert "gate passed on" in shown
+    for name, value in judged(tmp_path / "tiny").items():
+        assert re.search(rf"^ +{name} +{re.escape(f'{value:.5g}')}( |$)", shown, re.MULTILINE), name
+    assert f"limit {THRESHOLDS['kl']:g}" in shown
+    assert all(name in shown for name in load(tmp_path / "tiny").files)
+
+
+@pytest.mark.parametrize("taken", ["empty", "file"])
+def test_an_output_that_exists_is_refused(
+    taken: str, quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "tiny"
+    output.mkdir() if taken == "empty" else output.write_text("mine")
+    assert quantize(output, "--force") == EXIT_USAGE
+    assert f"{output} exists; remove it or name another" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones(
+    quantize: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in checkpoint.iterdir():
+        (source / path.name).symlink_to(path)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "mamba"}
+    (source / "config.json").unlink()
+    (source / "config.json").write_text(json.dumps(config))
+    assert quantize(tmp_path / "tiny", source=source) == EXIT_USAGE
+    message = capsys.readouterr().err
+    assert "model_type 'mamba' is not supported. Supported are gpt2, llama, mistral, qwen2, qwen3" in message
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_too_short_text_is_refused_and_leaves_nothing(
+    quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert quantize(tmp_path / "tiny", "--text", str(tmp_path / "short.txt")) == EXIT_USAGE
+    assert "no document of the text has 64 tokens" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_what_is_no_checkpoint_and_no_artifact_is_told(
+    quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", source=tmp_path) == EXIT_USAGE
+    assert "is not a checkpoint: it has no config.json" in capsys.readouterr().err
+    assert compress("inspect", tmp_path) == EXIT_USAGE
+    assert "is not an artifact: it has no manifest.json" in capsys.readouterr().err
+
+
+def test_a_file_changed_after_publishing_is_told(
+    quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", "--recipe", "fp32", "--kv", "fp32") == 0
+    weights = tmp_path / "tiny" / "model.onnx.data"
+    changed = bytearray(weights.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    weights.write_bytes(changed)
+    assert compress("inspect", tmp_path / "tiny") == EXIT_USAGE
+    assert "it was changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "int3"], ["--kv", "fp8"], ["--window", "many"], ["--nonsense"]])
+def test_a_wrong_flag_exits_with_usage(flags: list[str], quantize: Run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quantize(tmp_path / "tiny", *flags)
+    assert stopped.value.code == EXIT_USAGE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_option_is_a_flag_with_its_default() -> None:
+    parsed = parser().parse_args(["quantize", "checkpoint", "-o", "output"])
+    defaults = Options()
+    names = {item.name for item in fields(Options)}
+    assert {name: getattr(parsed, name) for name in names} == {name: getattr(defaults, name) for name in names}
+
+
+def judged(artifact: Path) -> dict[str, float]:
+    manifest: Manifest = load(artifact)
+    assert manifest.gate is not None
+    return manifest.gate.metrics
