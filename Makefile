@@ -7,7 +7,7 @@ NAME ?= latest
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SYSTEM_PACKAGES := chromium chromium-driver prometheus
+SYSTEM_PACKAGES := chromium chromium-driver prometheus strace
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-system bench lint proto clean
@@ -22,7 +22,7 @@ run: $(MODEL)/manifest.json ## serve the default model; HTTP_PORT= and GRPC_PORT
 test: lint ## lint, then every test that needs no Debian package
 	$(PY) -m pytest -m "not system"
 
-test-system: .venv/dev.stamp ## the tests that need Chromium or Prometheus, which it installs with apt when missing
+test-system: .venv/dev.stamp ## the tests that need Chromium, Prometheus or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 Count = Annotated[int, Meta(ge=1)]
 KvCacheType = Literal["fp32", "int8"]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class ManifestError(Exception):
@@ -121,7 +121,7 @@ def decode(data: bytes) -> Manifest:
     """Parse and validate. Raises ManifestError that names the field."""
     try:
         version: Any = msgspec.json.decode(data)["format_version"]
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ManifestError(f"{MANIFEST} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:
         raise ManifestError(
@@ -156,7 +156,9 @@ def load(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise ManifestError(f"{directory} is not an artifact: it has no {MANIFEST}. Make one with `python -m compress`.")
+        raise ManifestError(
+            f"{directory} is not an artifact: it has no {MANIFEST}. Make one with `python -m compress`."
+        )
     manifest = decode(path.read_bytes())
     if {GRAPH, WEIGHTS, TOKENIZER} - manifest.files.keys():
         missing = ", ".join(sorted({GRAPH, WEIGHTS, TOKENIZER} - manifest.files.keys()))
