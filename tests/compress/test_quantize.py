@@ -15,7 +15,7 @@ from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
 from compress.gate import THRESHOLDS
 from compress.quantize import Options
-from compress.recipes import RECIPES
+from compress.recipes import RECIPES, W8A8, W8A16
 from proto.manifest import Manifest, load
 from tests.serve.tiny import TEXT, make_checkpoint
 
@@ -99,18 +99,16 @@ def test_full_precision_with_a_full_precision_cache_is_the_reference(quantize: R
 @pytest.mark.usefixtures("any_figures_pass")
 def test_wider_activations_are_nearer_to_the_reference(quantize: Run, tmp_path: Path) -> None:
     for recipe in ("w8a8", "w8a16"):
-        assert quantize(tmp_path / recipe, "--recipe", recipe, "--kv", "fp32", "--sensitive-error", "9") == 0
+        assert quantize(tmp_path / recipe, "--recipe", recipe, "--kv", "fp32") == 0
     assert judged(tmp_path / "w8a16")["kl"] < judged(tmp_path / "w8a8")["kl"]
 
 
 @pytest.mark.usefixtures("any_figures_pass")
-def test_sensitive_products_get_wider_activations(quantize: Run, tmp_path: Path) -> None:
-    for name, limit in {"none": "9", "all": "0"}.items():
-        assert quantize(tmp_path / name, "--sensitive-error", limit) == 0
-    assert load(tmp_path / "none").recipe.products.keys() == {"head"}
-    roles = ("qkv", "o", "gate_up", "down")
-    every = {f"layers.{layer}.{role}" for layer in range(2) for role in roles} | {"head"}
-    assert load(tmp_path / "all").recipe.products.keys() == every
+def test_heavy_tailed_products_get_wider_activations(quantize: Run, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "tiny") == 0
+    recipe = load(tmp_path / "tiny").recipe
+    assert recipe.default == W8A8
+    assert recipe.products == {"head": W8A16, "layers.0.down": W8A16, "layers.1.down": W8A16}
 
 
 @pytest.mark.usefixtures("no_figures_pass")
@@ -139,11 +137,11 @@ def test_force_publishes_and_says_so(
 def test_inspect_tells_the_recipe_and_the_figures(
     quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(tmp_path / "tiny", "--sensitive-error", "9") == 0
+    assert quantize(tmp_path / "tiny") == 0
     capsys.readouterr()
     assert compress("inspect", tmp_path / "tiny") == 0
     shown = capsys.readouterr().out
-    assert "recipe w8a8: products W8A8, 1 of them W8A16" in shown
+    assert "recipe w8a8: products W8A8, 3 of them W8A16" in shown
     assert "KV cache int8" in shown
     assert "gate passed on" in shown
     for name, value in judged(tmp_path / "tiny").items():
