@@ -46,12 +46,6 @@ def parser() -> argparse.ArgumentParser:
     ):
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")
-    make.add_argument(
-        "--sensitive-error",
-        type=float,
-        default=default["sensitive_error"],
-        help="products with a larger relative error read 16-bit activations (default: %(default)s)",
-    )
 
     show = commands.add_parser("inspect", help="summarize an artifact")
     show.add_argument("artifact", type=Path)

@@ -25,7 +25,7 @@ from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import judge
 from compress.linear import FLOAT, Int8, WeightHook
-from compress.recipes import W8A16, make_recipe
+from compress.recipes import make_recipe
 from compress.rounding import round_compensating
 from compress.smoothing import search_layer
 from compress.weights import Weights
@@ -63,8 +63,7 @@ class Options:
     window: int = 512  # tokens of context in calibration and gate
     calibration_windows: int = 16
     held_out_windows: int = 16
-    calibration_rows: int = 512
-    sensitive_error: float = 0.001  # products left with a larger error read their input in two int8 planes
+    calibration_rows: int = 256
     threads: int = 0
     force: bool = False
 
@@ -78,7 +77,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         raise FileExistsError(f"{target} exists; remove it or name another output")
     checkpoint = Checkpoint(source)
     decoder = describe(checkpoint)
-    recipe = make_recipe(options.recipe)
+    recipe = make_recipe(options.recipe, decoder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         work = Path(temporary)
@@ -106,7 +105,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             shutil.rmtree(reference)
             reference.mkdir()
         if recipe.default != FLOAT and activations is not None:
-            recipe, scales = migrate(checkpoint, decoder, recipe, activations, options)
+            scales = migrate(checkpoint, decoder, recipe, activations)
             hook = compensating_hook(activations, scales)
         kv_scales = activations.kv_scales if activations is not None and options.kv == "int8" else None
         architecture = build(
@@ -149,18 +148,13 @@ def corpora(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     return first, second
 
 
-def migrate(
-    checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activations: Activations, options: Options
-) -> tuple[Recipe, dict[str, Floats]]:
-    """Search the migration of every layer; products that stay sensitive get 16-bit activations."""
+def migrate(checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activations: Activations) -> dict[str, Floats]:
+    """Search the migration of every layer."""
     weights = Weights(checkpoint, decoder, {})
     scales: dict[str, Floats] = {}
-    raised = dict(recipe.products)
     for layer in tqdm(range(decoder.num_layers), desc="smooth", unit="layer"):
-        found, errors = search_layer(decoder, weights, layer, activations.inputs)
-        scales |= found
-        raised |= {product: W8A16 for product, error in errors.items() if error > options.sensitive_error}
-    return msgspec.structs.replace(recipe, products=raised), scales
+        scales |= search_layer(decoder, weights, layer, activations.inputs, recipe)
+    return scales
 
 
 def compensating_hook(activations: Activations, scales: dict[str, Floats]) -> WeightHook:

@@ -15,6 +15,7 @@ from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.linear import LEVELS, TINY, round_to_nearest
 from compress.weights import Weights, share_over_groups
+from proto.manifest import Recipe
 
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -33,10 +34,8 @@ def output_error(x: Floats, weight: Floats, scale: Floats, exact: Floats) -> flo
     return float(np.square(found - exact).sum() / np.square(exact).sum())
 
 
-def search_scale(
-    decoder: Decoder, product: str, x: Floats, weight: Floats, alphas: Sequence[float] = ALPHAS
-) -> tuple[Floats, float]:
-    """(scale [K], relative error) of the best strength; no migration if that is better than all of them."""
+def search_scale(decoder: Decoder, product: str, x: Floats, weight: Floats, alphas: Sequence[float] = ALPHAS) -> Floats:
+    """The scale [K] of the best strength; ones if no migration is better than all of them."""
     exact = x @ weight.T
     best = np.ones(x.shape[1], np.float32)
     error = output_error(x, weight, best, exact)
@@ -49,21 +48,18 @@ def search_scale(
         scale /= np.exp(np.log(scale).mean())  # only the ratios matter: keep norms and rows near their size
         if (found := output_error(x, weight, scale, exact)) < error:
             best, error = scale, found
-    return best, error
+    return best
 
 
 def search_layer(
-    decoder: Decoder, weights: Weights, layer: int, inputs: Mapping[str, Floats]
-) -> tuple[dict[str, Floats], dict[str, float]]:
-    """Scales of a layer's products that can be migrated, and the error that each is left with."""
+    decoder: Decoder, weights: Weights, layer: int, inputs: Mapping[str, Floats], recipe: Recipe
+) -> dict[str, Floats]:
+    """Scales of a layer's products that read 8-bit activations; finer ones need no migration."""
     scales: dict[str, Floats] = {}
-    errors: dict[str, float] = {}
     for role in ("qkv", "o", decoder.up, "down"):
         product = f"layers.{layer}.{role}"
-        weight, _ = weights.product(layer, role)
-        if role == "down" and not decoder.family.gated:
-            x = inputs[product]
-            errors[product] = output_error(x, weight, np.ones(x.shape[1], np.float32), x @ weight.T)
-            continue
-        scales[product], errors[product] = search_scale(decoder, product, inputs[product], weight)
-    return scales, errors
+        foldable = role != "down" or decoder.family.gated
+        if foldable and recipe.products.get(product, recipe.default).activation_bits == 8:
+            weight, _ = weights.product(layer, role)
+            scales[product] = search_scale(decoder, product, inputs[product], weight)
+    return scales
