@@ -11,6 +11,7 @@ from proto.manifest import ManifestError
 from serve.choices import SettingsError
 from serve.server import run
 from serve.settings import parse_settings
+from serve.store import StoreError
 
 
 def main() -> int:
@@ -18,7 +19,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return uvloop.run(run(settings))
-    except (ManifestError, SettingsError, OSError) as error:
+    except (ManifestError, SettingsError, StoreError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
 

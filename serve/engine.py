@@ -143,7 +143,7 @@ class Engine:
             else:
                 self.scheduler.advance(step)
                 self._sample(step, output)
-            self._observe(step)
+        self._observe(step)
         self._flush()
 
     def _accept(self) -> None:

@@ -112,8 +112,9 @@ class Metrics:
     # -- the engine thread --------------------------------------------------------------------------------------
 
     def step(self, tokens: int, running: int, waiting: int, kv_usage: float) -> None:
-        """After each step: the tokens computed in it, and how things stand. `kv_usage` is from 0 to 1."""
-        self._step_tokens.observe(tokens)
+        """After each step: the tokens computed in it, if any, and how things stand. `kv_usage` is from 0 to 1."""
+        if tokens:
+            self._step_tokens.observe(tokens)
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_usage.set(kv_usage)

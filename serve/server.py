@@ -119,6 +119,7 @@ async def run(settings: Settings) -> int:
     await stop.wait()
 
     log.info("draining: finishing what was accepted, refusing what comes")
+    await grpc.set_draining()
     finished = await asyncio.to_thread(engine.drain, settings.drain_seconds)
     await asyncio.gather(http.stop(), grpc.stop())
     service.close()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 
-def setting(default: Any, help: str, parse: Any = None) -> Any:
-    """A dataclass field that becomes the flag `--field-name`."""
-    return field(default=default, metadata={"help": help, "parse": parse or type(default)})
+def setting(default: Any, help: str, parse: Any = None, *, least: float = 0, most: float = math.inf) -> Any:
+    """A dataclass field that becomes the flag `--field-name`; a number must be from `least` to `most`."""
+    return field(default=default, metadata={"help": help, "parse": parse or type(default), "range": (least, most)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,20 +19,20 @@ class Settings:
     model: Path = field(metadata={"help": "artifact directory to serve", "parse": Path})
     model_name: str = setting("", "name shown to clients (default: the manifest's)")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
-    http_port: int = setting(8000, "HTTP port; 0 picks a free one")
-    grpc_port: int = setting(50051, "gRPC port; 0 picks a free one")
+    http_port: int = setting(8000, "HTTP port; 0 picks a free one", most=65535)
+    grpc_port: int = setting(50051, "gRPC port; 0 picks a free one", most=65535)
     threads: int = setting(0, "compute threads; 0: the CPU quota of this process")
     slots: int = setting(0, "requests decoded together; 0: as many as the KV budget holds, at most 32")
     kv_budget_mib: int = setting(0, "memory of the KV cache in MiB; 0: a quarter of free memory, at most 1024")
     max_context: int = setting(0, "tokens per request, prompt and completion; 0: the model's, at most 2048")
-    prefill_chunk: int = setting(128, "tokens of a prompt computed between two decode steps")
+    prefill_chunk: int = setting(128, "tokens of a prompt computed between two decode steps", least=1)
     max_queue: int = setting(64, "requests that may wait for a slot; more are refused with 503")
-    request_timeout_seconds: float = setting(600.0, "a request older than this is ended")
+    request_timeout_seconds: float = setting(600.0, "a request older than this is ended", least=0.001)
     drain_seconds: float = setting(30.0, "on SIGTERM, how long in-flight requests may still run")
-    body_limit_bytes: int = setting(4 << 20, "largest HTTP body or gRPC message")
-    header_seconds: float = setting(10.0, "how long a client may take to send a request's headers")
-    body_seconds: float = setting(60.0, "how long a client may take to send a request's body")
-    max_connections: int = setting(1024, "open HTTP connections; more are closed at once")
+    body_limit_bytes: int = setting(4 << 20, "largest HTTP body or gRPC message", least=1)
+    header_seconds: float = setting(10.0, "how long a client may take to send a request's headers", least=0.001)
+    body_seconds: float = setting(60.0, "how long a client may take to send a request's body", least=0.001)
+    max_connections: int = setting(1024, "open HTTP connections; more are closed at once", least=1)
     api_key: str = setting("", "require this bearer key on every route but health; default: $PAWL_API_KEY")
     records: Path = field(
         default=Path("data/records.sqlite"),
@@ -56,4 +57,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         else:
             shown = "" if item.default == "" else " (default: %(default)s)"
             parser.add_argument(flag(item.name), type=parse, default=item.default, help=text + shown)
-    return Settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for item in fields(Settings):
+        value, (least, most) = given[item.name], item.metadata.get("range", (0, 0))
+        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
+            limit = f"{least} or more" if math.isinf(most) else f"from {least} to {most}"
+            parser.error(f"argument {flag(item.name)}: {value} is out of range; give a number {limit}")
+    return Settings(**given)
