@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
         ("calibration_windows", "windows of text to calibrate on"),
         ("held_out_windows", "windows of held-out text for the gate"),
         ("calibration_rows", "rows of each product's input kept for the migration search"),
-        ("threads", "compute threads; 0: the CPU quota"),
     ):
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")
+    make.add_argument("--threads", type=int, default=0, help="compute threads; 0: the CPU quota (default: %(default)s)")
 
     show = commands.add_parser("inspect", help="summarize an artifact")
     show.add_argument("artifact", type=Path)
@@ -62,6 +62,8 @@ def main() -> int:
         else:
             options = Options(**{item.name: getattr(args, item.name) for item in fields(Options)})
             command = "python -m compress " + shlex.join(sys.argv[1:])
+            if args.threads < 0:
+                raise ValueError(f"--threads {args.threads} is negative; give 0 for the CPU quota")
             threads = args.threads or cpu_quota()[0]
             manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads)
             verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"

@@ -65,7 +65,7 @@ def calibrate(
             **{name.replace("_out", ""): empty for name in caches},
         }
         found = session.run([f"tap.{product}" for product in products] + caches, feeds)
-        kept = np.concatenate([[0], random.choice(length - 1, per_window - 1, replace=False) + 1])
+        kept = np.concatenate([[0], random.permutation(length - 1)[: per_window - 1] + 1])
         for product, values in zip(products, found, strict=False):
             x = values.reshape(-1, values.shape[-1])
             parts[product].append(x[kept])

@@ -63,8 +63,9 @@ def judge(
         "kl": round(kl / positions, 6),
         "greedy_agreement": round(agree / positions, 5),
     }
+    passed = passes(metrics)
     return GateReport(
-        passed=passes(metrics), forced=forced, tokens=positions, metrics=metrics, thresholds=dict(THRESHOLDS)
+        passed=passed, forced=forced and not passed, tokens=positions, metrics=metrics, thresholds=dict(THRESHOLDS)
     )
 
 

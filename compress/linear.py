@@ -17,7 +17,9 @@ from compress.graph import MICROSOFT, GraphBuilder
 from proto.manifest import Precision
 
 FLOAT = Precision(weight_bits=32, activation_bits=32)
-PRECISIONS = (FLOAT, Precision(weight_bits=8, activation_bits=8), Precision(weight_bits=8, activation_bits=16))
+W8A8 = Precision(weight_bits=8, activation_bits=8)
+W8A16 = Precision(weight_bits=8, activation_bits=16)
+PRECISIONS = (FLOAT, W8A8, W8A16)
 
 LEVELS = 127  # the largest magnitude of a symmetric int8
 SECOND_PLANE = 2 * LEVELS  # the second plane's step is this much finer: it spans half a step of the first

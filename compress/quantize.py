@@ -64,8 +64,18 @@ class Options:
     calibration_windows: int = 16
     held_out_windows: int = 16
     calibration_rows: int = 256
-    threads: int = 0
     force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that is too small."""
+        for name, least in (
+            ("window", 2),
+            ("calibration_windows", 1),
+            ("held_out_windows", 1),
+            ("calibration_rows", 1),
+        ):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is too small; give at least {least}")
 
 
 def quantize(source: Path, target: Path, options: Options, *, command: str, threads: int) -> Manifest:
@@ -77,6 +87,8 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         raise FileExistsError(f"{target} exists; remove it or name another output")
     checkpoint = Checkpoint(source)
     decoder = describe(checkpoint)
+    if options.window > decoder.max_position:
+        raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
     recipe = make_recipe(options.recipe, decoder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
@@ -139,13 +151,20 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
 
 def corpora(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """Calibration and held-out windows."""
-    sides = split_texts(options.text.read_text(encoding="utf-8")) if options.text else default_texts()
+    sides = split_texts(read_text(options.text)) if options.text else default_texts()
     counts = (options.calibration_windows, options.held_out_windows)
     first, second = (
         make_corpus(texts, tokenizer, num_windows=count, window=options.window)
         for texts, count in zip(sides, counts, strict=True)
     )
     return first, second
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} is not UTF-8: {error}") from error
 
 
 def migrate(checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activations: Activations) -> dict[str, Floats]:

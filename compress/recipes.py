@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from compress.families import Decoder
-from compress.linear import FLOAT
-from proto.manifest import Precision, Recipe
+from compress.linear import FLOAT, W8A8, W8A16
+from proto.manifest import Recipe
 
-W8A8 = Precision(weight_bits=8, activation_bits=8)
-W8A16 = Precision(weight_bits=8, activation_bits=16)
 RECIPES = ("fp32", "w8a8", "w8a16")
 
 
@@ -19,11 +17,11 @@ def make_recipe(name: str, decoder: Decoder) -> Recipe:
     embedding. On SmolLM2 they cost more quality at 8 bits than all the rest. Their weights are still read once.
     """
     heavy = {product: W8A16 for product in decoder.products if product == "head" or product.endswith(".down")}
-    recipes = {
-        "fp32": Recipe(name="fp32", default=FLOAT),
-        "w8a8": Recipe(name="w8a8", default=W8A8, products=heavy),
-        "w8a16": Recipe(name="w8a16", default=W8A16),
-    }
-    if name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(recipes)}")
-    return recipes[name]
+    match name:
+        case "fp32":
+            return Recipe(name=name, default=FLOAT)
+        case "w8a8":
+            return Recipe(name=name, default=W8A8, products=heavy)
+        case "w8a16":
+            return Recipe(name=name, default=W8A16)
+    raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")

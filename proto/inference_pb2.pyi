@@ -1051,7 +1051,7 @@ class Gate(_message.Message):
     """Held-out tokens that it was judged on."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Such as "perplexity_ratio", "kl_nats", "greedy_agreement"."""
+        """Such as "perplexity_ratio", "kl", "greedy_agreement"."""
 
     @_builtins.property
     def thresholds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:

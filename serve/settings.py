@@ -33,7 +33,7 @@ class Settings:
     header_seconds: float = setting(10.0, "how long a client may take to send a request's headers", least=0.001)
     body_seconds: float = setting(60.0, "how long a client may take to send a request's body", least=0.001)
     max_connections: int = setting(1024, "open HTTP connections; more are closed at once", least=1)
-    api_key: str = setting("", "require this bearer key on every route but health; default: $PAWL_API_KEY")
+    api_key: str = setting("", "bearer key required on all routes but /, /health, /ready; default: $PAWL_API_KEY")
     records: Path = field(
         default=Path("data/records.sqlite"),
         metadata={"help": "SQLite file of interactions and feedback", "parse": Path},
