@@ -1,4 +1,4 @@
-"""The web page in a real browser. `page_url` is a stand-in for the API; any server of it can take its place."""
+"""The web page in a real browser. Its main path runs over the real server too; the rest over a stand-in for the API."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from proto import records
 from proto.records import Feedback
+from serve.records import Records
+from tests.serve.tiny import Server
 
 pytestmark = pytest.mark.system
 
@@ -34,6 +36,11 @@ FLAGS = (
 )
 TOO_LONG = "word " * 20_000  # beyond any context that is served here
 T = TypeVar("T")
+
+
+def lines(text: str) -> str:
+    """With the line ends that a text box gives it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse(status: int, message: str) -> web.Response:
@@ -150,6 +157,14 @@ def page_url(stub: StubApi) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(params=["stub", "server"])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """Where the main path runs: the stand-in, then the real server with the tiny model."""
+    if request.param == "stub":
+        return str(request.getfixturevalue("page_url"))
+    return str(request.getfixturevalue("server").http_url)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     options = webdriver.ChromeOptions()
@@ -194,7 +209,7 @@ class Page:
         before = self.count(".answer")
         self.say(text)
         self.wait(lambda: self.count(".answer[aria-busy=false]") > before)
-        return self.find(".answer .text").text
+        return self.find(".answer .text").get_attribute("textContent") or ""  # `text` would merge blanks
 
     def problems(self) -> list[str]:
         """The browser's complaints, such as a broken content policy or an exception."""
@@ -206,6 +221,11 @@ def page(browser: WebDriver, page_url: str) -> Page:
     return Page(browser, page_url)
 
 
+@pytest.fixture
+def any_page(browser: WebDriver, any_url: str) -> Page:
+    return Page(browser, any_url)
+
+
 def test_model_and_gate_are_shown(page: Page) -> None:
     page.wait_text("#gate", "gate")
     assert page.find("#model").text not in ("", "Pawl")
@@ -213,7 +233,8 @@ def test_model_and_gate_are_shown(page: Page) -> None:
     assert not page.problems()
 
 
-def test_answer_streams_and_is_measured(page: Page) -> None:
+def test_answer_streams_and_is_measured(any_page: Page) -> None:
+    page = any_page
     page.browser.execute_script("""
         window.lengths = new Set();
         const note = () => window.lengths.add(document.querySelector(".answer .text")?.textContent.length ?? 0);
@@ -227,14 +248,20 @@ def test_answer_streams_and_is_measured(page: Page) -> None:
     assert len(lengths) >= 5, "the answer came in one piece"
     page.wait_text(".figures", "tokens/s")
     assert "first token" in page.find(".figures").text
-    # The next question carries the conversation so far, and the composer is ready for it.
+    # The composer is ready for the next question.
     assert page.browser.switch_to.active_element == page.find("#prompt")
+    assert not page.problems()
+
+
+def test_the_next_question_carries_the_conversation(page: Page) -> None:
+    page.answer("Tell me about the seasons of the year")
     page.answer("And in Lapland?")
     assert page.count(".turn") == 4
     assert not page.problems()
 
 
-def test_thumb_is_stored(page: Page) -> None:
+def test_thumb_is_stored(any_page: Page) -> None:
+    page = any_page
     page.answer("Hello")
     for name, other in [("down", "up"), ("up", "down")]:
         page.find(f".{name}").click()
@@ -244,17 +271,28 @@ def test_thumb_is_stored(page: Page) -> None:
     assert not page.problems()
 
 
-def test_correction_is_stored(page: Page) -> None:
+def test_correction_is_stored(any_page: Page) -> None:
+    page = any_page
     answer = page.answer("Hello")
     page.find(".correct").click()
     area = page.find(".correction textarea")
-    assert area.get_attribute("value") == answer
+    assert area.get_attribute("value") == lines(answer)
     area.clear()
     area.send_keys("Good day to you.")
     page.find(".correction [type=submit]").click()
     page.wait_text(".state", "correction stored")
     assert not page.find(".correction").is_displayed()
     assert not page.problems()
+
+
+def test_what_is_said_on_the_page_is_in_the_records(browser: WebDriver, server: Server) -> None:
+    page = Page(browser, server.http_url)
+    answer = page.answer("Is this kept?")
+    page.find(".up").click()
+    page.wait(lambda: page.find(".up").get_attribute("aria-pressed") == "true")
+    judged = [j for j in Records(server.records).scan() if "Is this kept?" in str(j.interaction.messages)]
+    assert [(j.feedback.metric_name, j.feedback.value) for j in judged] == [("thumbs", True)]
+    assert judged[0].interaction.completion == answer
 
 
 def test_refused_feedback_says_why(page: Page) -> None:
