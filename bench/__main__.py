@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ from bench.bandwidth import read_bandwidth
 from bench.load import run_load
 from bench.machine import describe
 from bench.row import Load, Row, median_row
-from bench.server import Server
+from bench.server import Server, ServerError
 from bench.table import table
+from proto.manifest import ManifestError
 
 PEERS = ("llama_cpp",)
 MIN_REQUESTS = 8
@@ -140,4 +142,8 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended too
+    try:
+        sys.exit(main())
+    except (ManifestError, ServerError) as error:
+        sys.exit(f"bench: {error}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.row import Load, Row
 from bench.server import Server
 from proto.manifest import WEIGHTS
+from proto.manifest import load as load_manifest
 from serve.machine import cpu_quota
 
 NAME = "pawl"
@@ -23,6 +24,7 @@ NAME = "pawl"
 
 def server(model: Path, loads: list[Load]) -> Server:
     """With the defaults of `python -m serve`, records included, but for room: as many slots as clients."""
+    manifest = load_manifest(model)  # a broken artifact is an error here, not after the peers' runs
     slots = max(load.concurrency for load in loads)
 
     def command(port: int, scratch: Path) -> list[str]:
@@ -38,7 +40,7 @@ def server(model: Path, loads: list[Load]) -> Server:
         }
         return [sys.executable, "-m", "serve", *(str(x) for key, value in options.items() for x in (f"--{key}", value))]
 
-    return Server(NAME, command, (model / WEIGHTS).stat().st_size)
+    return Server(NAME, command, manifest.files[WEIGHTS].size_bytes)
 
 
 def engine_rows(model: Path, loads: list[Load]) -> list[Row]:
