@@ -63,6 +63,13 @@ def pins(name: str) -> Iterator[str]:
             yield line
 
 
+def provided_by(*names: str) -> set[str]:
+    """The top-level modules that the requirement files bring."""
+    wanted = {line.split("==")[0] for name in names for line in pins(name)}
+    providers = importlib.metadata.packages_distributions().items()
+    return {module for module, found in providers if wanted & {re.sub(r"[-_.]+", "-", x).lower() for x in found}}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_only_what_the_design_allows(room: str) -> None:
     allowed = MAY_IMPORT[room] | {room}
@@ -76,14 +83,12 @@ def test_rooms_import_only_what_the_design_allows(room: str) -> None:
 
 
 def test_the_server_imports_only_what_serve_txt_installs() -> None:
-    installed = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins("serve")}
-    providers = importlib.metadata.packages_distributions()
+    allowed = {*sys.stdlib_module_names, *provided_by("serve"), "serve", "proto"}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("serve", "proto")
         for name in imports(path)
-        if (top := name.split(".")[0]) not in {*sys.stdlib_module_names, "serve", "proto"}
-        and not any(re.sub(r"[-_.]+", "-", found).lower() in installed for found in providers.get(top, []))
+        if name.split(".")[0] not in allowed
     ]
     assert not wrong
 
@@ -108,7 +113,7 @@ for name in {modules!r}:
 
 def test_no_module_is_named_like_another() -> None:
     """`queue.py` would be ours on one path and Python's on another. The rooms themselves are run from the root."""
-    taken = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()} - set(ROOMS) - {"__main__"}
+    taken = {*sys.stdlib_module_names, *provided_by("serve", "build", "base-model", "dev")} - {"__main__"}
     assert [str(path) for path in sources(*ROOMS) if path.stem in taken] == []
     assert set(ROOMS) & set(sys.stdlib_module_names) == set()
 
