@@ -20,7 +20,7 @@ run: $(MODEL)/manifest.json ## serve the default model; HTTP_PORT= and GRPC_PORT
 	@exec $(PY) -m serve --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
 
 test: lint ## lint, then every test that needs no Debian package
-	$(PY) -m pytest -m "not system"
+	$(PY) -m pytest -n 2 -m "not system"
 
 test-system: .venv/dev.stamp ## the tests that need Chromium, Prometheus or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
