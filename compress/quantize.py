@@ -61,7 +61,7 @@ class Options:
     name: str = ""
     text: Path | None = None
     window: int = 512  # tokens of context in calibration and gate
-    calibration_windows: int = 16
+    calibration_windows: int = 8
     held_out_windows: int = 16
     calibration_rows: int = 256
     force: bool = False
