@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-import uvloop
-
-from proto.manifest import ManifestError
-from serve.choices import SettingsError
-from serve.server import run
+from proto.manifest import ManifestError, load
 from serve.settings import parse_settings
-from serve.store import StoreError
 
 
 def main() -> int:
+    began = time.monotonic()
     settings = parse_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with ThreadPoolExecutor(1) as pool:
+        # Checking the digests and importing the rest take half a second each; hashing needs no interpreter lock.
+        verified = pool.submit(load, settings.model)
+        import uvloop
+
+        from serve.choices import SettingsError
+        from serve.server import run
+        from serve.store import StoreError
     try:
-        return uvloop.run(run(settings))
+        return uvloop.run(run(settings, verified.result(), began))
     except (ManifestError, SettingsError, StoreError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2

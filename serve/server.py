@@ -1,6 +1,6 @@
 """The server's life: load, start, serve, drain.
 
-1 verify the artifact and open its session; 2 start the engine and the records; 3 open both ports; 4 say so in one
+1 open the verified artifact's session; 2 start the engine and the records; 3 open both ports; 4 say so in one
 line; 5 wait for SIGINT or SIGTERM; 6 refuse new work, finish the accepted, write the records, exit.
 """
 
@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from proto.manifest import Manifest, load
+from proto.manifest import Manifest
 from serve.choices import MIB, Choices, choose
 from serve.engine import Engine
 from serve.grpc_api import start_grpc
@@ -71,16 +71,6 @@ def make_engine(
     )
 
 
-@dataclass(slots=True)
-class Running:
-    """A server that answers; `http_url` and `grpc_address` say where."""
-
-    http_url: str
-    grpc_address: str
-    service: Service
-    stop: asyncio.Event
-
-
 def describe(manifest: Manifest, settings: Settings, choices: Choices) -> str:
     """What is served and what was chosen, in one line."""
     return (
@@ -90,9 +80,8 @@ def describe(manifest: Manifest, settings: Settings, choices: Choices) -> str:
     )
 
 
-async def run(settings: Settings) -> int:
-    """Serve until a signal comes; returns the exit status."""
-    began = time.monotonic()
+async def run(settings: Settings, manifest: Manifest, began: float) -> int:
+    """Serve a verified artifact until a signal comes; returns the exit status. `began` is on the monotonic clock."""
     sys.setswitchinterval(GIL_SWITCH_SECONDS)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -100,7 +89,6 @@ async def run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     settings = replace(settings, api_key=settings.api_key or os.environ.get("PAWL_API_KEY", ""))
 
-    manifest = load(settings.model)
     choices = choose(settings, manifest)
     tokenizer = Tokenizer(settings.model)
     metrics = Metrics(manifest, settings.model_name or manifest.name, choices)
