@@ -15,6 +15,7 @@ import numpy as np
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.graph import GraphBuilder
+from compress.linear import LEVELS
 from serve.runner import open_session
 
 KV_MARGIN = 1.1  # other text has larger keys and values than the calibration's largest; clipping costs most
@@ -73,7 +74,7 @@ def calibrate(
         for i, cache in enumerate(found[len(products) :]):
             np.maximum(peaks[i], np.abs(cache[0]).max(axis=1), out=peaks[i])
         progress()
-    steps = KV_MARGIN * np.maximum(peaks, 1e-6) / 127
+    steps = KV_MARGIN * np.maximum(peaks, 1e-6) / LEVELS
     return Activations(
         {product: np.concatenate(part) for product, part in parts.items()},
         moments,

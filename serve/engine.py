@@ -179,7 +179,6 @@ class Engine:
 
     def _sample(self, step: Step, output: Output) -> None:
         """Turn wanted rows into tokens. Wanted positions come in the order of the segments."""
-        greedy = output.logits[: max(output.rows) + 1].argmax(axis=1) if output.rows else None
         rows = iter(output.rows)
         now = time.monotonic()
         gaps: list[float] = []
@@ -192,10 +191,7 @@ class Engine:
                     continue
                 row = next(rows)
                 sampler = self._generations[request].sampler
-                if sampler.plain_greedy and greedy is not None:
-                    token, chosen = int(greedy[row]), None
-                else:
-                    token, chosen = sampler.choose(output.logits[row], len(request.output))
+                token, chosen = sampler.choose(output.logits[row], len(request.output))
                 if request.last_token is not None:
                     gaps.append(now - request.last_token)
                 request.first_token = request.first_token or now

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from proto.manifest import GRAPH, Architecture
-from serve.plan import Copy, Floats, Output, Plan, Segment
+from serve.plan import Copy, Output, Plan, Segment
 
 Array = NDArray[np.generic]
 
@@ -176,6 +176,3 @@ class StockRunner:
 
 def _bind(bind: object, name: str, array: Array, shape: Sequence[int]) -> None:
     bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)  # type: ignore[operator]
-
-
-__all__ = ["Floats", "StockRunner", "open_session"]

@@ -30,13 +30,6 @@ class Sampler:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[prompt] = True
 
-    @property
-    def plain_greedy(self) -> bool:
-        """True if the token is the arg-max of the raw logits and nothing else is asked for."""
-        p = self.params
-        changed = len(self._bias) or self._counts is not None or p.min_tokens
-        return p.temperature == 0 and p.logprobs is None and not changed
-
     def choose(self, logits: Floats, num_output: int) -> tuple[int, TokenLogprob | None]:
         """The next token from `logits`, [vocabulary], and its log-probability if asked for."""
         adjusted = self._adjust(logits, num_output)
