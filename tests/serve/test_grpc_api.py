@@ -305,6 +305,12 @@ def test_closed_connections_free_the_engine() -> None:
     run(main)
 
 
+async def silence() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+    """A client that says nothing: sending would race with the refusal, and the loser reports INTERNAL."""
+    await asyncio.Event().wait()
+    yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+
 def test_every_service_but_health_needs_the_key() -> None:
     async def main() -> None:
         async with serving(api_key="sesame") as rig, connected(rig) as channel:
@@ -314,7 +320,7 @@ def test_every_service_but_health_needs_the_key() -> None:
                 await refused(api.ListModels(pb.ListModelsRequest(), metadata=metadata), unauthenticated)
                 await refused(api.Chat(pb.ChatRequest(messages=MESSAGES), metadata=metadata), unauthenticated)
                 reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-                    iter([reflection_pb2.ServerReflectionRequest(list_services="")]), metadata=metadata
+                    silence(), metadata=metadata
                 )
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await anext(aiter(reflect))
