@@ -1,0 +1,170 @@
+// The one integer product that everything uses: rows of bytes times packed blocks.
+//
+// A block is [depth / 4][16 outputs][4]: the layout of packed weights, of the cache's keys (16 positions by the head's
+// dimensions) and of its values (16 dimensions by positions). One of the two sides is unsigned, the other signed.
+#pragma once
+#include <algorithm>
+
+#include "kernels.h"
+#include "simd.h"
+#if defined(PAWL_AMX)
+#include "tiles.h"
+#endif
+
+namespace pawl {
+namespace PAWL_ISA {
+
+// Registers hold the sums of kRows rows by kPanel blocks, the panel's bytes and one broadcast.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kPanel = 4;
+#else
+constexpr int kRows = 2, kPanel = 2;
+#endif
+constexpr int kPrefetch = 1024;  // bytes ahead, where a single row streams through the blocks
+
+enum Sign { kUnsignedRows, kSignedRows };
+
+// The arguments of a product: out[r * out_stride + 16 b + n] = (or +=, if `accumulate`) the sum over k < depth of
+// rows[r * stride + k] * blocks[b][16 k + 4 n + k % 4 ...].
+struct Product {
+  const uint8_t* rows;
+  int stride, count;
+  int depth;
+  int32_t* out;
+  int out_stride;
+  bool accumulate;
+};
+
+template <Sign SIGN, int ROWS, int BLOCKS>
+INLINE void dots_in_registers(const Product& p, int row, const uint8_t* const* blocks, int at) {
+  const uint8_t* rows = p.rows + (size_t)row * p.stride;
+  int32_t* out = p.out + (size_t)row * p.out_stride + at * kLanes;
+  I sum[ROWS][BLOCKS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) sum[r][b] = p.accumulate ? load(out + r * p.out_stride + b * kLanes) : set(0);
+  for (int k = 0; k < p.depth; k += 4) {
+    I packed[BLOCKS];
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) {
+      packed[b] = load_bytes(blocks[at + b] + k * kLanes);
+      if (ROWS == 1) _mm_prefetch((const char*)blocks[at + b] + k * kLanes + kPrefetch, _MM_HINT_T0);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      I four = set4(rows + r * p.stride + k);
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; b++)
+        sum[r][b] = SIGN == kUnsignedRows ? dot4(sum[r][b], four, packed[b]) : dot4(sum[r][b], packed[b], four);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) store(out + r * p.out_stride + b * kLanes, sum[r][b]);
+}
+
+template <Sign SIGN, int BLOCKS> void dots_of_panel(const Product& p, const uint8_t* const* blocks, int at) {
+  int groups = (p.count + kRows - 1) / kRows;  // of nearly equal size: a small rest would leave the units idle
+  for (int g = 0; g < groups; g++) {
+    int row = p.count * g / groups;
+    switch (p.count * (g + 1) / groups - row) {
+      case 1: dots_in_registers<SIGN, 1, BLOCKS>(p, row, blocks, at); break;
+      case 2: dots_in_registers<SIGN, 2, BLOCKS>(p, row, blocks, at); break;
+#if defined(__AVX512F__)
+      case 3: dots_in_registers<SIGN, 3, BLOCKS>(p, row, blocks, at); break;
+      case 4: dots_in_registers<SIGN, 4, BLOCKS>(p, row, blocks, at); break;
+      case 5: dots_in_registers<SIGN, 5, BLOCKS>(p, row, blocks, at); break;
+      case 6: dots_in_registers<SIGN, 6, BLOCKS>(p, row, blocks, at); break;
+#endif
+    }
+  }
+}
+
+#if defined(PAWL_AMX)
+// Up to 32 rows by two blocks in tiles 0 to 3. Reads whole groups of 16 rows: the memory must be there.
+template <Sign SIGN> void dots_in_tiles(const Product& p, const uint8_t* const* blocks, int at, int width) {
+  alignas(64) static thread_local int32_t spare[16 * kLanes];  // where a tile's rows reach beyond the last one
+#define TILE_OUT(row, b) (p.out + (size_t)(row) * p.out_stride + (at + (b)) * kLanes)
+#define TILE_DOT(c, a, b)               \
+  do {                                  \
+    if (SIGN == kUnsignedRows)          \
+      TILE_DOT_US(c, a, b);             \
+    else                                \
+      TILE_DOT_SU(c, a, b);             \
+  } while (0)
+  // Sums of one tile to where they belong; only rows that exist.
+  auto put = [&](int row, int b) {
+    for (int r = 0; r < std::min(16, p.count - row); r++) {
+      int32_t* out = TILE_OUT(row + r, b);
+      I sum = load(spare + r * kLanes);
+      store(out, p.accumulate ? add(load(out), sum) : sum);
+    }
+  };
+  for (int row = 0; row < p.count; row += 32) {
+    const uint8_t *low = p.rows + (size_t)row * p.stride, *high = low + (size_t)16 * p.stride;
+    bool both = row + 16 < p.count, pair = width > 1;
+    const uint8_t *first = blocks[at], *second = blocks[at + width - 1];
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int k = 0; k < p.depth; k += kDepth) {
+      TILE_LOAD(4, low + k, p.stride);
+      TILE_LOAD(6, first + k * kLanes, 64);
+      TILE_DOT(0, 4, 6);
+      if (both) {
+        TILE_LOAD(5, high + k, p.stride);
+        TILE_DOT(2, 5, 6);
+      }
+      if (pair) {
+        TILE_LOAD(7, second + k * kLanes, 64);
+        TILE_DOT(1, 4, 7);
+        if (both) TILE_DOT(3, 5, 7);
+      }
+    }
+    TILE_STORE(0, spare, 64);
+    put(row, 0);
+    if (pair) {
+      TILE_STORE(1, spare, 64);
+      put(row, 1);
+    }
+    if (both) {
+      TILE_STORE(2, spare, 64);
+      put(row + 16, 0);
+    }
+    if (both && pair) {
+      TILE_STORE(3, spare, 64);
+      put(row + 16, 1);
+    }
+  }
+#undef TILE_OUT
+#undef TILE_DOT
+}
+#else
+struct TileScope {
+  TileScope() {}  // so that a variable of it counts as used
+};
+#endif
+
+constexpr int kRowPadding = 32;  // rows that must be readable behind the last one
+
+// The product with `num_blocks` blocks. With AMX the caller holds a TileScope.
+template <Sign SIGN> void dots(const Product& p, const uint8_t* const* blocks, int num_blocks) {
+#if defined(PAWL_AMX)
+  if (p.count > 1) {
+    for (int at = 0; at < num_blocks; at += 2) dots_in_tiles<SIGN>(p, blocks, at, std::min(2, num_blocks - at));
+    return;
+  }
+#endif
+  int at = 0;
+#if defined(__AVX512F__)
+  for (; at + 4 <= num_blocks; at += 4) dots_of_panel<SIGN, 4>(p, blocks, at);
+#endif
+  for (; at + 2 <= num_blocks; at += 2) dots_of_panel<SIGN, 2>(p, blocks, at);
+  if (at < num_blocks) dots_of_panel<SIGN, 1>(p, blocks, at);
+}
+
+}  // namespace PAWL_ISA
+}  // namespace pawl

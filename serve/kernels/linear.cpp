@@ -1,0 +1,284 @@
+// Matrix products with packed 8- and 4-bit weights, and what is fused around them: norm and quantization of each row
+// before; bias, activation and residual after.
+#include <algorithm>
+#include <cmath>
+
+#include "dots.h"
+
+namespace pawl {
+namespace PAWL_ISA {
+namespace {
+
+constexpr float kLevels = 127.f;              // of a symmetric 8-bit activation
+constexpr float kFiner = 2 * kLevels;         // the second plane's step is this much finer: it spans half of the first's
+constexpr float kTiny = 1e-30f;               // instead of a row's largest magnitude when the row is zero
+constexpr int kShared = 8;                    // from this many rows on they are quantized once, before the product
+constexpr int kSlabBytes = 384 << 10;         // quantized rows that a task goes over for each panel: they stay in L2
+
+// ---- rows: norm and quantization
+
+INLINE F load_part(const float* p, int n) {  // n < 16 values, then zeros
+  alignas(64) float part[kLanes] = {};
+  memcpy(part, p, n * sizeof(float));
+  return load(part);
+}
+INLINE F load_upto(const float* p, int n) { return n >= kLanes ? load(p) : load_part(p, n); }
+
+// The normed row into `v` [depth], zeros behind; returns the factor that was left out.
+float norm_row(const Linear& l, const float* x, float* v) {
+  int K = l.inputs;
+  F mean = set(0.f), square = set(0.f);
+  if (l.norm == kLayerNorm) {
+    for (int k = 0; k < K; k += kLanes) mean = add(mean, load_upto(x + k, K - k));
+    mean = set(reduce_add(mean) / K);
+  }
+  for (int k = 0; k < K; k += kLanes) {
+    F u = load_upto(x + k, K - k);
+    if (l.norm == kLayerNorm) u = sub(u, mean);
+    if (l.norm && K - k < kLanes) u = first(K - k, u, set(0.f));
+    square = fma(u, u, square);
+    store(v + k, l.norm ? mul(u, load_upto(l.norm_weight + k, K - k)) : u);
+  }
+  for (int k = round_up(K, kLanes); k < l.depth(); k += kLanes) store(v + k, set(0.f));
+  float factor = l.norm ? 1 / std::sqrt(reduce_add(square) / K + l.epsilon) : 1;
+  if (!l.norm_bias) return factor;
+  for (int k = 0; k < K; k += kLanes) store(v + k, fma(load(v + k), set(factor), load_upto(l.norm_bias + k, K - k)));
+  return 1;
+}
+
+// A row as the products read it.
+//   8 bits: `planes` rows of depth() unsigned bytes, level + 128.
+//   4 bits: depth() signed levels, even ones of each eight before the odd ones; then each group's sum, int32.
+struct Rows {
+  uint8_t* levels;
+  float* scale;  // [rows]
+  int stride;    // bytes from one plane to the next
+
+  static int bytes(const Linear& l) {
+    return l.bits == 8 ? l.depth() : l.depth() + round_up(l.depth() / l.group * (int)sizeof(int32_t), kDepth);
+  }
+};
+
+void quantize_row(const Linear& l, const float* x, const Rows& rows, int m) {
+  int depth = l.depth();
+  float* v = (float*)scratch(kValueScratch, depth * sizeof(float));
+  float factor = norm_row(l, x, v);
+  F largest = set(0.f);
+  for (int k = 0; k < depth; k += kLanes) largest = max(largest, abs(load(v + k)));
+  float top = std::max(reduce_max(largest), kTiny);
+  rows.scale[m] = top / kLevels * factor;
+  F inverse = set(kLevels / top);
+  uint8_t* q = rows.levels + (size_t)m * l.planes * rows.stride;
+  if (l.bits == 8) {
+    I half = set(128);
+    for (int k = 0; k < depth; k += kLanes) {
+      F unit = mul(load(v + k), inverse);
+      I level = to_int(unit);
+      store_bytes(q + k, add(level, half));
+      if (l.planes == 2) store_bytes(q + rows.stride + k, add(to_int(mul(sub(unit, to_float(level)), set(kFiner))), half));
+    }
+    return;
+  }
+  int32_t* sums = (int32_t*)(q + depth);
+  for (int k = 0; k < depth; k += kLanes) {
+    alignas(16) int8_t level[kLanes];
+    store_bytes(level, to_int(mul(load(v + k), inverse)));
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; i++) {
+      q[k + i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = level[i];
+      sum += level[i];
+    }
+    if (k % l.group == 0) sums[k / l.group] = 0;
+    sums[k / l.group] += sum;
+  }
+}
+
+// ---- products with 4-bit weights: floats [rows, kWidth, 16] that only the row's scale still multiplies
+
+constexpr int kWidth = 4;   // blocks at a time
+constexpr int kHeight = 24; // rows at a time: their sums stay in the first cache
+
+template <int ROWS, int BLOCKS>
+INLINE void dot4bit(const Linear& l, const uint8_t* q, int stride, const int* block, float* values) {
+  int depth = l.depth(), groups = depth / l.group;
+  F total[ROWS][BLOCKS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) total[r][b] = set(0.f);
+  I nibble = set(0x0f0f0f0f);
+  for (int g = 0; g < groups; g++) {
+    I sum[ROWS][BLOCKS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; b++) sum[r][b] = set(0);
+    for (int k = g * l.group; k < (g + 1) * l.group; k += 8) {
+      I even[BLOCKS], odd[BLOCKS];
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint8_t* p = l.weight + ((size_t)block[b] * depth + k) * (kBlock / 2);
+        I both = load_bytes(p);
+        if (ROWS == 1) _mm_prefetch((const char*)p + kPrefetch, _MM_HINT_T0);
+        even[b] = mask(both, nibble), odd[b] = mask(shift_right<4>(both), nibble);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        I first = set4(q + r * stride + k), second = set4(q + r * stride + k + 4);
+#pragma GCC unroll 4
+        for (int b = 0; b < BLOCKS; b++) sum[r][b] = dot4(dot4(sum[r][b], even[b], first), odd[b], second);
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) {
+      size_t at = ((size_t)block[b] * groups + g) * kBlock;
+      F scale = load_half((const uint16_t*)l.scale + at), zero = to_float(widen(l.zero + at));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        F of_group = set((float)((const int32_t*)(q + r * stride + depth))[g]);
+        total[r][b] = fma(scale, fnma(zero, of_group, to_float(sum[r][b])), total[r][b]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; b++) store(values + (r * kWidth + b) * kLanes, total[r][b]);
+}
+
+// Sums beside totals: fewer rows and blocks at a time than with 8 bits.
+void dots_of_nibbles(const Linear& l, const uint8_t* q, int stride, int rows, const int* block, int width, float* out) {
+  for (int b = 0; b < width; b += 2)
+    for (int r = 0; r < rows;) {
+      const uint8_t* row = q + (size_t)r * stride;
+      float* to = out + (r * kWidth + b) * kLanes;
+#if defined(__AVX512F__)
+      if (r + 2 <= rows && b + 2 <= width) {
+        dot4bit<2, 2>(l, row, stride, block + b, to);
+        r += 2;
+        continue;
+      }
+#endif
+      if (b + 2 <= width)
+        dot4bit<1, 2>(l, row, stride, block + b, to);
+      else
+        dot4bit<1, 1>(l, row, stride, block + b, to);
+      r++;
+    }
+}
+
+// ---- after the product
+
+// One block of one token as real values. `values` are those of the token's first plane.
+INLINE F value(const Linear& l, const void* values, float scale, int block) {
+  F v;
+  if (l.bits == 8) {
+    const int32_t* sums = (const int32_t*)values;
+    I shift = shift_left<7>(load(l.sums + block * kBlock));  // what level + 128 added
+    v = to_float(sub(load(sums), shift));
+    if (l.planes == 2) v = fma(to_float(sub(load(sums + kWidth * kLanes), shift)), set(1 / kFiner), v);
+    v = mul(v, mul(set(scale), load((const float*)l.scale + block * kBlock)));
+  } else {
+    v = mul(load((const float*)values), set(scale));
+  }
+  return v;
+}
+
+INLINE F biased(const Linear& l, F v, int output, int count) {  // `count` of the lanes are outputs
+  return l.bias ? add(v, load_upto(l.bias + output, count)) : v;
+}
+
+INLINE F gelu(F x) {  // x times the normal distribution, by tanh: 1 + tanh(z) = 2 sigmoid(2 z)
+  F z = mul(x, fma(mul(x, x), set(0.044715f), set(1.f)));
+  return mul(x, sigmoid(mul(z, set(1.59576912f))));
+}
+
+struct Call {
+  const Linear& l;
+  const float *x, *residual;
+  float* y;
+  int rows;
+};
+
+// Outputs of `block`, for the token whose values are at `values`; `up` are those of SwiGLU's other half.
+INLINE void finish(const Call& c, const void* values, const void* up, float scale, int block, int row) {
+  const Linear& l = c.l;
+  int output = block * kBlock, count = l.outputs - output;
+  F v = biased(l, value(l, values, scale, block), output, count);
+  if (l.activation == kSwiGlu) {
+    F u = biased(l, value(l, up, scale, block + l.blocks()), l.outputs + output, count);
+    v = mul(mul(v, sigmoid(v)), u);
+  } else if (l.activation == kGelu) {
+    v = gelu(v);
+  }
+  size_t at = (size_t)row * l.outputs + output;
+  if (c.residual) v = add(v, load_upto(c.residual + at, count));
+  if (count >= kLanes) return store(c.y + at, v);
+  alignas(64) float part[kLanes];
+  store(part, v);
+  memcpy(c.y + at, part, count * sizeof(float));
+}
+
+// Tokens m0 to m1 of the output blocks b0 to b1.
+void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
+  const Linear& l = c.l;
+  alignas(64) int32_t out[kHeight * kWidth * kLanes];  // or floats, with 4-bit weights
+  TileScope scope;
+  int halves = l.activation == kSwiGlu ? 2 : 1, step = kHeight / l.planes;
+  for (int b = b0, width; b < b1; b += width) {
+    width = std::min(kWidth / halves, b1 - b);
+    int block[kWidth];
+    const uint8_t* packed[kWidth];
+    for (int i = 0; i < width * halves; i++) {
+      block[i] = b + i % width + i / width * l.blocks();
+      packed[i] = l.weight + (size_t)block[i] * l.depth() * kBlock;
+    }
+    for (int m = m0; m < m1; m += step) {
+      int tokens = std::min(step, m1 - m), stride = rows.stride;
+      const uint8_t* q = rows.levels + (size_t)m * l.planes * stride;
+      if (l.bits == 8)
+        dots<kUnsignedRows>({q, stride, tokens * l.planes, l.depth(), out, kWidth * kLanes, false}, packed, width * halves);
+      else
+        dots_of_nibbles(l, q, stride, tokens, block, width * halves, (float*)out);
+      for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < width; i++) {
+          const int32_t* at = out + (t * l.planes * kWidth + i) * kLanes;
+          finish(c, at, at + width * kLanes, rows.scale[m + t], block[i], m + t);
+        }
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const Linear& l, const float* x, const float* residual, float* y, int rows, const Pool& pool) {
+  if (!rows) return;
+  Call call{l, x, residual, y, rows};
+  int stride = Rows::bytes(l), blocks = l.blocks();
+  size_t levels = (size_t)(rows * l.planes + kRowPadding) * stride;
+  size_t tasks = std::min(blocks, (rows == 1 ? 2 : 4) * processors());
+  if (rows < kShared)  // each task quantizes the rows for itself: cheaper than waiting for another
+    return parallel(pool, tasks, [&](size_t t) {
+      uint8_t* memory = scratch(kRowScratch, levels + rows * sizeof(float));
+      Rows own{memory, (float*)(memory + levels), stride};
+      for (int m = 0; m < rows; m++) quantize_row(l, x + (size_t)m * l.inputs, own, m);
+      compute(call, own, 0, rows, blocks * t / tasks, blocks * (t + 1) / tasks);
+    });
+  uint8_t* memory = scratch(kRowScratch, levels + rows * sizeof(float));
+  Rows shared{memory, (float*)(memory + levels), stride};
+  int chunk = std::max(4, rows / (4 * processors()));
+  parallel(pool, (rows + chunk - 1) / chunk, [&](size_t t) {
+    for (int m = t * chunk; m < std::min<int>(rows, (t + 1) * chunk); m++)
+      quantize_row(l, x + (size_t)m * l.inputs, shared, m);
+  });
+  int fitting = std::max(kHeight, kSlabBytes / (stride * l.planes)), slabs = (rows + fitting - 1) / fitting;
+  int slab = round_up((rows + slabs - 1) / slabs, kHeight / l.planes);
+  slabs = (rows + slab - 1) / slab;
+  parallel(pool, tasks * slabs, [&](size_t t) {
+    int m = t / tasks * slab, i = t % tasks;
+    compute(call, shared, m, std::min(rows, m + slab), blocks * i / tasks, blocks * (i + 1) / tasks);
+  });
+}
+
+}  // namespace PAWL_ISA
+}  // namespace pawl
