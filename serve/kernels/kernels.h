@@ -25,7 +25,7 @@ constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 struct Linear {
   int inputs = 0, outputs = 0;       // K, N
   int bits = 8, group = 0;           // of the weight; the group is that of 4 bits
-  int planes = 1;                    // of 8-bit activations
+  bool rotate = false;               // each 64 inputs, after the norm
   int norm = kNoNorm, activation = kNoActivation;
   float epsilon = 0;
   const uint8_t* weight = nullptr;
@@ -40,6 +40,7 @@ struct Linear {
 
 struct Embedding {
   int hidden = 0, vocabulary = 0;
+  bool rotate = false;                   // the stored rows are rotated
   const int8_t* weight = nullptr;
   const float* scale = nullptr;
   const float* positions = nullptr;  // [context, hidden] or null

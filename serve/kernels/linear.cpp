@@ -10,7 +10,6 @@ namespace PAWL_ISA {
 namespace {
 
 constexpr float kLevels = 127.f;              // of a symmetric 8-bit activation
-constexpr float kFiner = 2 * kLevels;         // the second plane's step is this much finer: it spans half of the first's
 constexpr float kTiny = 1e-30f;               // instead of a row's largest magnitude when the row is zero
 constexpr int kShared = 8;                    // from this many rows on they are quantized once, before the product
 constexpr int kSlabBytes = 384 << 10;         // quantized rows that a task goes over for each panel: they stay in L2
@@ -47,12 +46,12 @@ float norm_row(const Linear& l, const float* x, float* v) {
 }
 
 // A row as the products read it.
-//   8 bits: `planes` rows of depth() unsigned bytes, level + 128.
+//   8 bits: depth() unsigned bytes, level + 128.
 //   4 bits: depth() signed levels, even ones of each eight before the odd ones; then each group's sum, int32.
 struct Rows {
   uint8_t* levels;
   float* scale;  // [rows]
-  int stride;    // bytes from one plane to the next
+  int stride;    // bytes from one row to the next
 
   static int bytes(const Linear& l) {
     return l.bits == 8 ? l.depth() : l.depth() + round_up(l.depth() / l.group * (int)sizeof(int32_t), kDepth);
@@ -63,20 +62,16 @@ void quantize_row(const Linear& l, const float* x, const Rows& rows, int m) {
   int depth = l.depth();
   float* v = (float*)scratch(kValueScratch, depth * sizeof(float));
   float factor = norm_row(l, x, v);
+  if (l.rotate)
+    for (int k = 0; k < depth; k += kDepth) rotate64(v + k);
   F largest = set(0.f);
   for (int k = 0; k < depth; k += kLanes) largest = max(largest, abs(load(v + k)));
   float top = std::max(reduce_max(largest), kTiny);
   rows.scale[m] = top / kLevels * factor;
   F inverse = set(kLevels / top);
-  uint8_t* q = rows.levels + (size_t)m * l.planes * rows.stride;
+  uint8_t* q = rows.levels + (size_t)m * rows.stride;
   if (l.bits == 8) {
-    I half = set(128);
-    for (int k = 0; k < depth; k += kLanes) {
-      F unit = mul(load(v + k), inverse);
-      I level = to_int(unit);
-      store_bytes(q + k, add(level, half));
-      if (l.planes == 2) store_bytes(q + rows.stride + k, add(to_int(mul(sub(unit, to_float(level)), set(kFiner))), half));
-    }
+    for (int k = 0; k < depth; k += kLanes) store_bytes(q + k, add(to_int(mul(load(v + k), inverse)), set(128)));
     return;
   }
   int32_t* sums = (int32_t*)(q + depth);
@@ -169,19 +164,11 @@ void dots_of_nibbles(const Linear& l, const uint8_t* q, int stride, int rows, co
 
 // ---- after the product
 
-// One block of one token as real values. `values` are those of the token's first plane.
-INLINE F value(const Linear& l, const void* values, float scale, int block) {
-  F v;
-  if (l.bits == 8) {
-    const int32_t* sums = (const int32_t*)values;
-    I shift = shift_left<7>(load(l.sums + block * kBlock));  // what level + 128 added
-    v = to_float(sub(load(sums), shift));
-    if (l.planes == 2) v = fma(to_float(sub(load(sums + kWidth * kLanes), shift)), set(1 / kFiner), v);
-    v = mul(v, mul(set(scale), load((const float*)l.scale + block * kBlock)));
-  } else {
-    v = mul(load((const float*)values), set(scale));
-  }
-  return v;
+// One block of one row as real values.
+INLINE F value(const Linear& l, const int32_t* out, float scale, int block) {
+  if (l.bits == 4) return mul(load((const float*)out), set(scale));
+  I shift = shift_left<7>(load(l.sums + block * kBlock));  // what level + 128 added
+  return mul(to_float(sub(load(out), shift)), mul(set(scale), load((const float*)l.scale + block * kBlock)));
 }
 
 INLINE F biased(const Linear& l, F v, int output, int count) {  // `count` of the lanes are outputs
@@ -200,11 +187,11 @@ struct Call {
   int rows;
 };
 
-// Outputs of `block`, for the token whose values are at `values`; `up` are those of SwiGLU's other half.
-INLINE void finish(const Call& c, const void* values, const void* up, float scale, int block, int row) {
+// Outputs of `block` for one row, from its product `out`; `up` is that of SwiGLU's other half.
+INLINE void finish(const Call& c, const int32_t* out, const int32_t* up, float scale, int block, int row) {
   const Linear& l = c.l;
   int output = block * kBlock, count = l.outputs - output;
-  F v = biased(l, value(l, values, scale, block), output, count);
+  F v = biased(l, value(l, out, scale, block), output, count);
   if (l.activation == kSwiGlu) {
     F u = biased(l, value(l, up, scale, block + l.blocks()), l.outputs + output, count);
     v = mul(mul(v, sigmoid(v)), u);
@@ -219,12 +206,12 @@ INLINE void finish(const Call& c, const void* values, const void* up, float scal
   memcpy(c.y + at, part, count * sizeof(float));
 }
 
-// Tokens m0 to m1 of the output blocks b0 to b1.
+// Rows m0 to m1 of the output blocks b0 to b1.
 void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
   const Linear& l = c.l;
   alignas(64) int32_t out[kHeight * kWidth * kLanes];  // or floats, with 4-bit weights
   TileScope scope;
-  int halves = l.activation == kSwiGlu ? 2 : 1, step = kHeight / l.planes;
+  int halves = l.activation == kSwiGlu ? 2 : 1, stride = rows.stride;
   for (int b = b0, width; b < b1; b += width) {
     width = std::min(kWidth / halves, b1 - b);
     int block[kWidth];
@@ -233,17 +220,17 @@ void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
       block[i] = b + i % width + i / width * l.blocks();
       packed[i] = l.weight + (size_t)block[i] * l.depth() * kBlock;
     }
-    for (int m = m0; m < m1; m += step) {
-      int tokens = std::min(step, m1 - m), stride = rows.stride;
-      const uint8_t* q = rows.levels + (size_t)m * l.planes * stride;
+    for (int m = m0; m < m1; m += kHeight) {
+      int height = std::min(kHeight, m1 - m);
+      const uint8_t* q = rows.levels + (size_t)m * stride;
       if (l.bits == 8)
-        dots<kUnsignedRows>({q, stride, tokens * l.planes, l.depth(), out, kWidth * kLanes, false}, packed, width * halves);
+        dots<kUnsignedRows>({q, stride, height, l.depth(), out, kWidth * kLanes, false}, packed, width * halves);
       else
-        dots_of_nibbles(l, q, stride, tokens, block, width * halves, (float*)out);
-      for (int t = 0; t < tokens; t++)
+        dots_of_nibbles(l, q, stride, height, block, width * halves, (float*)out);
+      for (int r = 0; r < height; r++)
         for (int i = 0; i < width; i++) {
-          const int32_t* at = out + (t * l.planes * kWidth + i) * kLanes;
-          finish(c, at, at + width * kLanes, rows.scale[m + t], block[i], m + t);
+          const int32_t* at = out + (r * kWidth + i) * kLanes;
+          finish(c, at, at + width * kLanes, rows.scale[m + r], block[i], m + r);
         }
     }
   }
@@ -255,7 +242,7 @@ void linear(const Linear& l, const float* x, const float* residual, float* y, in
   if (!rows) return;
   Call call{l, x, residual, y, rows};
   int stride = Rows::bytes(l), blocks = l.blocks();
-  size_t levels = (size_t)(rows * l.planes + kRowPadding) * stride;
+  size_t levels = (size_t)(rows + kRowPadding) * stride;
   size_t tasks = std::min(blocks, (rows == 1 ? 2 : 4) * processors());
   if (rows < kShared)  // each task quantizes the rows for itself: cheaper than waiting for another
     return parallel(pool, tasks, [&](size_t t) {
@@ -271,8 +258,8 @@ void linear(const Linear& l, const float* x, const float* residual, float* y, in
     for (int m = t * chunk; m < std::min<int>(rows, (t + 1) * chunk); m++)
       quantize_row(l, x + (size_t)m * l.inputs, shared, m);
   });
-  int fitting = std::max(kHeight, kSlabBytes / (stride * l.planes)), slabs = (rows + fitting - 1) / fitting;
-  int slab = round_up((rows + slabs - 1) / slabs, kHeight / l.planes);
+  int fitting = std::max(kHeight, kSlabBytes / stride), slabs = (rows + fitting - 1) / fitting;
+  int slab = round_up((rows + slabs - 1) / slabs, kHeight);
   slabs = (rows + slab - 1) / slab;
   parallel(pool, tasks * slabs, [&](size_t t) {
     int m = t / tasks * slab, i = t % tasks;

@@ -172,10 +172,10 @@ struct LinearKernel {
     l.norm = info.size("norm", kNoNorm, kLayerNorm);
     l.activation = info.size("activation", kNoActivation, kGelu);
     l.epsilon = info.real("epsilon");
+    l.rotate = info.size("rotate", 0, 1);
     size_t blocks = (size_t)l.blocks() * (l.activation == kSwiGlu ? 2 : 1), depth = l.depth();
     size_t bias = (size_t)l.outputs * (l.activation == kSwiGlu ? 2 : 1);
     if (bits == 8) {
-      l.planes = info.size("planes", 1, 2);
       l.weight = info.constant<uint8_t>(1, "weight", blocks * depth * kBlock);
       l.scale = info.constant<float>(2, "scale", blocks * kBlock);
       l.sums = info.constant<int32_t>(3, "sums", blocks * kBlock);
@@ -215,6 +215,7 @@ struct EmbedKernel {
 
   explicit EmbedKernel(const Info& info) {
     e.hidden = info.size("hidden", 1, kMostSize);
+    e.rotate = info.size("rotate", 0, 1);
     ort::Tensor scale = info.maybe(2), positions = info.maybe(4);
     check(scale.data && scale.rank == 1, "scale must be a constant [vocabulary]");
     e.vocabulary = (int)scale.dims[0];

@@ -52,6 +52,13 @@ INLINE void store_bytes(void* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvt
 INLINE F first(int n, F a, F b) { return _mm512_mask_mov_ps(b, (__mmask16)((1u << n) - 1), a); }  // a below lane n
 INLINE I dot4(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
 
+// Lane i takes what lane i ^ BIT holds.
+template <int BIT> INLINE F exchange(F a) {
+  if (BIT == 8) return _mm512_shuffle_f32x4(a, a, 0x4e);
+  if (BIT == 4) return _mm512_shuffle_f32x4(a, a, 0xb1);
+  return _mm512_permute_ps(a, BIT == 2 ? 0x4e : 0xb1);
+}
+
 INLINE __m256 low(F a) { return _mm512_castps512_ps256(a); }
 INLINE __m256 high(F a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
 
@@ -127,6 +134,13 @@ INLINE __m256i dot4(__m256i sum, __m256i u, __m256i s) {
 #endif
 INLINE I dot4(I sum, I u, I s) { return {dot4(sum.a, u.a, s.a), dot4(sum.b, u.b, s.b)}; }
 
+template <int BIT> INLINE F exchange(F x) {
+  if (BIT == 8) return {x.b, x.a};
+  if (BIT == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+  constexpr int order = BIT == 2 ? 0x4e : 0xb1;
+  return {_mm256_permute_ps(x.a, order), _mm256_permute_ps(x.b, order)};
+}
+
 INLINE __m256 low(F x) { return x.a; }
 INLINE __m256 high(F x) { return x.b; }
 
@@ -178,6 +192,27 @@ constexpr float kLog2E = 1.44269504f;
 INLINE F sigmoid(F x) {
   F e = exp2(min(mul(x, set(-kLog2E)), set(99.f)));
   return reciprocal(add(e, set(1.f)));
+}
+
+// One stage of the butterfly inside sixteen lanes: sums where BIT of the lane is 0, differences where it is 1.
+template <int BIT> INLINE F butterfly(F x) {
+  alignas(64) static constexpr float kSigns[4][kLanes] = {
+      {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+      {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+      {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+      {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1}};
+  return fma(x, load(kSigns[BIT == 1 ? 0 : BIT == 2 ? 1 : BIT == 4 ? 2 : 3]), exchange<BIT>(x));
+}
+
+// 64 values times the orthonormal Walsh-Hadamard matrix, which is its own inverse. It spreads a few large values over
+// all 64, so that their 8-bit levels are fine enough (arXiv:2404.00456).
+INLINE void rotate64(float* x) {
+  F a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48), size = set(0.125f);
+  F e = add(a, b), f = sub(a, b), g = add(c, d), h = sub(c, d);
+  F parts[4] = {add(e, g), add(f, h), sub(e, g), sub(f, h)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    store(x + i * kLanes, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(mul(parts[i], size))))));
 }
 
 }  // namespace PAWL_ISA

@@ -18,8 +18,12 @@ void embed(const Embedding& e, const int64_t* ids, const Batch& batch, float* x,
       const int8_t* row = e.weight + (ids[t] / kBlock * depth * kBlock) + ids[t] % kBlock * 4;
       float scale = e.scale[ids[t]], *to = x + (size_t)t * e.hidden;
       const float* learned = e.positions ? e.positions + (size_t)position[t] * e.hidden : nullptr;
-      for (int k = 0; k < e.hidden; k++)
-        to[k] = row[k / 4 * kDepth + k % 4] * scale + (learned ? learned[k] : 0.f);
+      for (int k = 0; k < e.hidden; k += kDepth) {
+        alignas(64) float part[kDepth];
+        for (int i = 0; i < kDepth; i++) part[i] = row[(k + i) / 4 * kDepth + i % 4] * scale;
+        if (e.rotate) rotate64(part);
+        for (int i = 0; i < std::min(kDepth, e.hidden - k); i++) to[k + i] = part[i] + (learned ? learned[k + i] : 0.f);
+      }
     }
   });
 }

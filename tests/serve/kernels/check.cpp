@@ -87,8 +87,8 @@ static Weights make_weights(Linear& l, int parts) {
       int row = part * l.blocks() * kBlock + n, b = row / kBlock, lane = row % kBlock;
       float scale = ldexp(1, -pick(6, 8));
       w.scale[row] = scale;
-      for (int k = 0; k < K; k++) {
-        float& real = w.real[((size_t)part * l.outputs + n) * K + k];
+      for (int k = 0; k < (l.bits == 8 ? K : depth); k++) {
+        float ignored, &real = k < K ? w.real[((size_t)part * l.outputs + n) * K + k] : ignored;
         if (l.bits == 8) {
           int level = pick(-127, 127);
           w.packed[((size_t)b * depth + k) * kBlock + 0 - k % 4 * kBlock + lane * 4 + k % 4] = (uint8_t)level;
@@ -97,7 +97,7 @@ static Weights make_weights(Linear& l, int parts) {
         } else {
           size_t at = ((size_t)b * groups + k / l.group) * kBlock + lane;
           if (k % l.group == 0) w.half[at] = half_of(scale), w.zero[at] = pick(0, 15);
-          int level = pick(0, 15);
+          int level = k < K ? pick(0, 15) : w.zero[at];
           uint8_t& byte = w.packed[((size_t)b * depth / 8 + k / 8) * kBlock * 4 + lane * 4 + k % 8 / 2];
           byte |= level << (k % 2 * 4);
           real = (level - w.zero[at]) * scale;
@@ -110,16 +110,25 @@ static Weights make_weights(Linear& l, int parts) {
   return w;
 }
 
+static std::vector<double> rotated(std::vector<double> v, int depth) {
+  v.resize(depth);
+  std::vector<double> y(depth);
+  for (int i = 0; i < depth; i++)
+    for (int k = i / kDepth * kDepth; k < (i / kDepth + 1) * kDepth; k++)
+      y[i] += v[k] * (__builtin_parity(i & k & (kDepth - 1)) ? -0.125 : 0.125);
+  return y;
+}
+
 static void check_linear() {
   Linear l;
   l.inputs = pick(1, 5) == 1 ? pick(1, 15) : pick(16, 300), l.outputs = pick(1, 150);
-  l.bits = coin() ? 8 : 4, l.group = coin() ? 32 : 64, l.planes = l.bits == 8 ? pick(1, 2) : 1;
+  l.bits = coin() ? 8 : 4, l.group = coin() ? 32 : 64, l.rotate = pick(0, 2) == 0;
   l.norm = pick(0, 2), l.activation = pick(0, 2), l.epsilon = 1e-5f;
   int rows = coin() ? pick(1, 9) : pick(1, 70), parts = l.activation == kSwiGlu ? 2 : 1, K = l.inputs;
   Weights w = make_weights(l, parts);
   std::vector<float> x = normal((size_t)rows * K), norm = normal(K), norm_bias = normal(K), bias = normal(l.outputs * parts);
   std::vector<float> residual = normal((size_t)rows * l.outputs), first;
-  bool on_grid = !l.norm && coin();  // such rows quantize exactly
+  bool on_grid = !l.norm && !l.rotate && coin();  // such rows quantize exactly
   if (on_grid)
     for (int m = 0; m < rows; m++)
       for (int k = 0; k < K; k++) x[(size_t)m * K + k] = k == m % K ? 127 : pick(-127, 127);
@@ -128,7 +137,7 @@ static void check_linear() {
   l.bias = coin() ? bias.data() : nullptr;
   const float* added = coin() ? residual.data() : nullptr;
   std::string what = "linear K " + std::to_string(K) + " N " + std::to_string(l.outputs) + " rows " + std::to_string(rows) +
-                     " bits " + std::to_string(l.bits) + " planes " + std::to_string(l.planes) + " norm " +
+                     " bits " + std::to_string(l.bits) + (l.rotate ? " rotated norm " : " norm ") +
                      std::to_string(l.norm) + " activation " + std::to_string(l.activation);
   for (const Set& set : sets)
     for (const Pool* pool : {&kHere, &kThreads}) {
@@ -147,15 +156,16 @@ static void check_linear() {
     for (double& u : v) u -= mean, square += u * u / K;
     for (int k = 0; k < K; k++) {
       if (l.norm) v[k] = v[k] / sqrt(square + l.epsilon) * norm[k] + (l.norm_bias ? norm_bias[k] : 0);
-      top = std::max(top, fabs(v[k]));
     }
+    if (l.rotate) v = rotated(v, l.depth());
+    for (double u : v) top = std::max(top, fabs(u));
     for (int n = 0; n < l.outputs; n++) {
       double value[2] = {}, error[2] = {};
       for (int part = 0; part < parts; part++) {
         for (int k = 0; k < K; k++) {
           double real = w.real[((size_t)part * l.outputs + n) * K + k];
           value[part] += real * v[k];
-          error[part] += fabs(real) * top * (on_grid ? 1e-6 : l.planes == 2 ? 3e-5 : 5e-3);  // half a step of each level
+          error[part] += fabs(real) * top * (on_grid ? 1e-6 : 5e-3);  // half a step of each level
         }
         if (l.bias) value[part] += bias[part * l.outputs + n];
       }
@@ -308,6 +318,7 @@ static void check_attention() {
 static void check_embed() {
   Embedding e;
   e.hidden = pick(1, 200), e.vocabulary = pick(1, 60);
+  e.rotate = coin();
   int depth = round_up(e.hidden, kDepth), tokens = pick(1, 50), past = pick(0, 9);
   std::vector<int8_t> weight((size_t)round_up(e.vocabulary, kBlock) * depth);
   std::vector<float> scale = normal(round_up(e.vocabulary, kBlock)), positions = normal((size_t)60 * e.hidden), first;
@@ -324,12 +335,16 @@ static void check_embed() {
     if (first.empty()) first = x;
     expect(same(x, first), std::string("embed differs on ") + set.name);
   }
-  for (int t = 0; t < tokens; t++)
+  for (int t = 0; t < tokens; t++) {
+    std::vector<double> row(depth);
+    for (int k = 0; k < depth; k++)
+      row[k] = weight[((size_t)ids[t] / kBlock * depth + k / 4 * 4) * kBlock + ids[t] % kBlock * 4 + k % 4] * scale[ids[t]];
+    if (e.rotate) row = rotated(row, depth);
     for (int k = 0; k < e.hidden; k++) {
-      size_t at = ((size_t)ids[t] / kBlock * depth + k / 4 * 4) * kBlock + ids[t] % kBlock * 4 + k % 4;
-      float y = weight[at] * scale[ids[t]] + (e.positions ? positions[(size_t)(past + t) * e.hidden + k] : 0.f);
-      expect(first[(size_t)t * e.hidden + k] == y, "embed");
+      double y = row[k] + (e.positions ? positions[(size_t)(past + t) * e.hidden + k] : 0);
+      expect(fabs(first[(size_t)t * e.hidden + k] - y) < 1e-4 * fabs(scale[ids[t]] * 127) + 1e-6, "embed");
     }
+  }
 }
 
 static void check_select() {
