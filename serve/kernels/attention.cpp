@@ -50,13 +50,17 @@ void norm_and_rotate(const Attention& a, const float* weight, int position, floa
     float factor = 1 / std::sqrt(reduce_add(square) / a.head_size + a.epsilon);
     for (int i = 0; i < a.head_size; i++) x[i] *= factor * weight[i];
   }
-  int half = a.rotary / 2, apart = a.interleaved ? 1 : half, step = a.interleaved ? 2 : 1;
+  if (!a.rotary) return;
+  int half = a.rotary / 2, step = a.interleaved ? 2 : 1;
   const float *cosine = a.cos + (size_t)position * half, *sine = a.sin + (size_t)position * half;
-  for (int i = 0; i < half; i++) {
-    float *u = x + i * step, *v = u + apart, first = *u, second = *v;
-    *u = std::fma(first, cosine[i], -(second * sine[i]));
-    *v = std::fma(second, cosine[i], first * sine[i]);
+  alignas(64) float u[kMostHead / 2], v[kMostHead / 2];  // what rotates, apart
+  for (int i = 0; i < half; i++) u[i] = x[i * step], v[i] = x[a.interleaved ? 2 * i + 1 : half + i];
+  for (int i = 0; i < half; i += kLanes) {
+    F c = load_upto(cosine + i, half - i), s = load_upto(sine + i, half - i), p = load(u + i), q = load(v + i);
+    store(u + i, fnma(q, s, mul(p, c)));
+    store(v + i, fma(p, s, mul(q, c)));
   }
+  for (int i = 0; i < half; i++) x[i * step] = u[i], x[a.interleaved ? 2 * i + 1 : half + i] = v[i];
 }
 
 float largest(const float* x, int size) {
@@ -110,16 +114,18 @@ struct Query {
 // Into two planes of signed bytes.
 Query quantize_query(const Attention& a, const float* x, int position, int8_t* high, int8_t* low) {
   float top = largest(x, a.key_size());
-  alignas(64) int32_t level[kLanes];
-  int32_t sum = 0;
+  I total = set(0);
   for (int i = 0; i < a.key_size(); i += kLanes) {
     I q = to_int(mul(load(x + i), set(kQueryLevels / top)));
     I l = shift_right<24>(shift_left<24>(q));
     store_bytes(low + i, l);
     store_bytes(high + i, shift_right<8>(sub(q, l)));
-    store(level, q);
-    for (int k = 0; k < kLanes; k++) sum += level[k];
+    total = add(total, q);
   }
+  alignas(64) int32_t part[kLanes];
+  store(part, total);
+  int32_t sum = 0;
+  for (int32_t p : part) sum += p;
   return {top / kQueryLevels * a.scale * kLog2E, 128 * sum, position};
 }
 
@@ -177,6 +183,10 @@ Part soften(const Job& j, const Query& query, const int32_t* high, const int32_t
   return part;
 }
 
+template <_mm_hint LEVEL> INLINE void fetch(const uint8_t* p, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)p + at, LEVEL);
+}
+
 // Rows row0 to row0 + 15 of a segment's tokens x group, for one KV head.
 void attend_tile(const Job& j, int segment, int row0, int head) {
   const Attention& a = j.a;
@@ -209,6 +219,9 @@ void attend_tile(const Job& j, int segment, int row0, int head) {
       blocks[i] = j.block(segment, k0 / kTokens + i, head);
       const uint8_t* keys[kTokens / kBlock];
       for (int g = 0; g < kTokens / kBlock; g++) keys[g] = blocks[i] + g * key_size * kBlock;
+      fetch<_MM_HINT_T0>(blocks[i] + kTokens * key_size, a.block_bytes() - kTokens * key_size);  // needed soon
+      if (k0 + (i + 1) * kTokens <= last)
+        fetch<_MM_HINT_T1>(j.block(segment, k0 / kTokens + i + 1, head), kTokens * key_size);
       dots<kSignedRows>({(const uint8_t*)high_plane, key_size, 2 * rows, key_size, scores[0] + i * kTokens, kStep, false},
                         keys, kTokens / kBlock);
     }

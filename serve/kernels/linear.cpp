@@ -16,13 +16,6 @@ constexpr int kSlabBytes = 384 << 10;         // quantized rows that a task goes
 
 // ---- rows: norm and quantization
 
-INLINE F load_part(const float* p, int n) {  // n < 16 values, then zeros
-  alignas(64) float part[kLanes] = {};
-  memcpy(part, p, n * sizeof(float));
-  return load(part);
-}
-INLINE F load_upto(const float* p, int n) { return n >= kLanes ? load(p) : load_part(p, n); }
-
 // The normed row into `v` [depth], zeros behind; returns the factor that was left out.
 float norm_row(const Linear& l, const float* x, float* v) {
   int K = l.inputs;

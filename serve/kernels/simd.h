@@ -187,6 +187,13 @@ INLINE F reciprocal(F x) {
   return r;
 }
 
+INLINE F load_upto(const float* p, int n) {  // the first n of sixteen values, then zeros
+  if (n >= kLanes) return load(p);
+  alignas(64) float part[kLanes] = {};
+  memcpy(part, p, n * sizeof(float));
+  return load(part);
+}
+
 constexpr float kLog2E = 1.44269504f;
 
 INLINE F sigmoid(F x) {
