@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parent / "kernels"
 BUILT = SOURCES / "build"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction of a * b + c, so that every instruction set rounds alike. gcc 12's headers warn about themselves.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror")
 FLAGS += ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
@@ -68,8 +68,13 @@ def digest() -> str:
     return found.hexdigest()[:16]
 
 
-def build(path: Path, *extra: str) -> None:
-    """Compile and link to `path`, with `extra` flags. Raises NativeUnavailable with the compiler's first complaint."""
+def build(path: Path) -> None:
+    """Build the library at `path`. Raises NativeUnavailable with the compiler's first complaint."""
+    compile_and_link(path, (), "-O3", "-fvisibility=hidden", linking=("-shared",))
+
+
+def compile_and_link(path: Path, more: tuple[Path, ...], *flags: str, linking: tuple[str, ...] = ()) -> None:
+    """All sources and `more`, with extra flags, into one file that appears whole. Raises NativeUnavailable."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailable("no C++ compiler; install g++")
@@ -77,20 +82,17 @@ def build(path: Path, *extra: str) -> None:
         path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as temporary:
             objects = Path(temporary)
+            units = [(SOURCES / source, name) for source in PER_INSTRUCTION_SET for name in INSTRUCTION_SETS]
+            units += [(source, "") for source in (*(SOURCES / source for source in ONCE), *more)]
             commands = [
-                [compiler, *FLAGS, *flags, *extra, f"-DPAWL_ISA={name}", "-c", str(SOURCES / source)]
-                + ["-o", str(objects / f"{name}-{source}.o")]
-                for name, flags in INSTRUCTION_SETS.items()
-                for source in PER_INSTRUCTION_SET
-            ]
-            commands += [
-                [compiler, *FLAGS, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{source}.o")]
-                for source in ONCE
+                [compiler, *FLAGS, *flags, *INSTRUCTION_SETS.get(name, ()), f"-DPAWL_ISA={name}", f"-I{SOURCES}"]
+                + ["-c", str(source), "-o", str(objects / f"{name}-{source.name}.o")]
+                for source, name in units
             ]
             with ThreadPoolExecutor(cpu_quota()[0]) as pool:
                 list(pool.map(compile_or_raise, commands))
             linked = objects / path.name
-            compile_or_raise([compiler, *extra, "-shared", *map(str, objects.glob("*.o")), "-o", str(linked)])
+            compile_or_raise([compiler, *flags, *linking, *map(str, objects.glob("*.o")), "-o", str(linked)])
             os.replace(linked, path)
     except OSError as error:
         raise NativeUnavailable(f"{error.filename or path} cannot be written: {error.strerror}") from error
