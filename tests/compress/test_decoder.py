@@ -13,7 +13,7 @@ import pytest
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.decoder import build
 from compress.families import FAMILIES, describe
-from compress.linear import FLOAT
+from compress.precisions import FLOAT
 from proto.manifest import Precision, Recipe
 
 W8A8 = Precision(weight_bits=8, activation_bits=8)
@@ -144,7 +144,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tiny, make_graph, tmp
         ({"max_context": 200}, "max_context 200 is more than the 128"),
         ({"kv": "int8"}, "kv_scales must be given"),
         ({"recipe": Recipe(name="r", default=FLOAT, products={"layers.9.o": FLOAT})}, r"names product layers\.9\.o"),
-        ({"recipe": Recipe(name="r", default=Precision(weight_bits=4, activation_bits=8))}, r"default \(4, 8\) bits"),
+        ({"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))}, r"default \(8, 32\) bits"),
     ],
 )
 def test_wrong_options_are_refused(options, message, tiny, make_graph):

@@ -14,8 +14,9 @@ import pytest
 from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
 from compress.gate import THRESHOLDS
+from compress.precisions import W8A8, W8A16
 from compress.quantize import Options
-from compress.recipes import RECIPES, W8A8, W8A16
+from compress.recipes import RECIPES
 from proto.manifest import Manifest, load
 from tests.serve.tiny import TEXT, make_checkpoint
 

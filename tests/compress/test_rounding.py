@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.linear import LEVELS, round_to_nearest
+from compress.levels import LEVELS, round_to_nearest
 from compress.rounding import BLOCK, round_compensating
 
 N = 24
