@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.packing import (
@@ -26,6 +26,7 @@ def random_integers(low: int, high: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(shape).integers(low, high, shape, dtype=np.int8)
 
 
+@settings(deadline=None)
 @given(**SIZES)
 def test_int8_weights_come_back(rows: int, columns: int, parts: int) -> None:
     levels = random_integers(-127, 128, parts * rows, columns)
@@ -35,6 +36,7 @@ def test_int8_weights_come_back(rows: int, columns: int, parts: int) -> None:
     assert np.abs(packed.astype(int)).sum() == np.abs(levels.astype(int)).sum()  # the padding is zero
 
 
+@settings(deadline=None)
 @given(**SIZES, group=GROUPS)
 def test_4_bit_weights_come_back_and_their_padding_weighs_nothing(
     rows: int, columns: int, parts: int, group: int
@@ -52,6 +54,7 @@ def test_4_bit_weights_come_back_and_their_padding_weighs_nothing(
     assert np.abs(offset).sum() == np.abs(exact).sum()
 
 
+@settings(deadline=None)
 @given(rows=SIZES["rows"], parts=SIZES["parts"])
 def test_rows_come_back(rows: int, parts: int) -> None:
     values = random_integers(0, 99, parts * rows)
