@@ -58,15 +58,15 @@ def _compensate(weight: Floats, hessian: Floats, to_grid: Rounder) -> None:
     """Give the columns to `to_grid`, one after the other, with the errors so far made up for."""
     num_inputs = weight.shape[1]
     order = np.argsort(-np.diag(hessian), kind="stable")  # the inputs that matter most first, while all can make up
-    rest = weight[:, order].astype(np.float32)
+    rest = np.ascontiguousarray(weight.T[order], np.float32)  # [K, N]: a column of the weight lies together
     factor = inverse_factor(hessian[np.ix_(order, order)])
     for start in range(0, num_inputs, BLOCK):
         end = min(start + BLOCK, num_inputs)
-        errors = np.empty((len(weight), end - start), np.float32)
+        errors = np.empty((end - start, len(weight)), np.float32)
         for k in range(start, end):
-            errors[:, k - start] = (rest[:, k] - to_grid(int(order[k]), rest[:, k])) / factor[k, k]
-            rest[:, k + 1 : end] -= np.outer(errors[:, k - start], factor[k, k + 1 : end])
-        rest[:, end:] -= errors @ factor[start:end, end:]
+            errors[k - start] = (rest[k] - to_grid(int(order[k]), rest[k])) / factor[k, k]
+            rest[k + 1 : end] -= np.outer(factor[k, k + 1 : end], errors[k - start])
+        rest[end:] -= factor[start:end, end:].T @ errors
 
 
 def inverse_factor(hessian: Floats) -> Floats:
