@@ -5,7 +5,7 @@
 | `{product}.weight`, fp32                     | float32 [K, N]; of a tied head [vocab, hidden]                   |
 | `{product}.weight`, `.scale`, `.sums`, int8  | packed: docs/native.md                                           |
 | `{product}.weight`, `.scale`, `.zero`, 4-bit | packed: docs/native.md                                           |
-| `{product}.bias`                             | float32 [N], padded like the rows of an integer weight           |
+| `{product}.bias`                             | float32 [N]                                                      |
 | `embedding.weight`, `.scale`                 | of an untied embedding: float32 [vocab, hidden], or packed int8  |
 | `{norm}.weight`, `.bias`                     | float32 [hidden], or [head_size] of `layers.{i}.q_norm`, `k_norm` |
 | `rope.cos`, `rope.sin`                       | float32 [context, head_size / 2]                                 |
@@ -60,11 +60,10 @@ def write_constants(
             elif role == d.up:
                 _write_tensors(file, f"layers.{i}.mlp_norm", weights.mlp_norm(i))
             product = f"layers.{i}.{role}"
-            precision = precision_of(recipe, product)
             weight, bias = weights.product(i, role)
-            write_weight(file, product, weight, precision, hook, d.parts(role))
+            write_weight(file, product, weight, precision_of(recipe, product), hook, d.parts(role))
             if bias is not None:
-                file.add(f"{product}.bias", bias if precision == FLOAT else pad_rows(bias, d.parts(role)))
+                file.add(f"{product}.bias", bias)
     _write_tensors(file, "final_norm", weights.final_norm())
     if not d.tied:
         write_weight(file, "head", weights.head(), precision_of(recipe, "head"), hook)

@@ -126,11 +126,10 @@ class StockGraph:
         """The product's output without its bias, and the bias's name ("" where it has none)."""
         g, d = self.graph, self.decoder
         name = f"layers.{layer}.{role}"
-        precision, shape, parts = precision_of(self.recipe, name), d.shape(role), d.parts(role)
+        precision, shape = precision_of(self.recipe, name), d.shape(role)
         self._tap(name, x, shape[1])
-        y = multiply(g, name, x, load(g, name, precision, shape, parts), precision, shape)
-        bias = g.stored(f"{name}.bias")
-        return y, row_values(g, bias, shape[0], parts) if bias and precision != FLOAT else bias
+        y = multiply(g, name, x, load(g, name, precision, shape, d.parts(role)), precision, shape)
+        return y, g.stored(f"{name}.bias")
 
     def _tap(self, product: str, x: str, size: int) -> None:
         if self.taps:

@@ -81,7 +81,7 @@ def linear(
         x = layer_norm(x, norm_weight, norm_bias, epsilon=epsilon)
     y = round_rows(x, planes) @ weight.T
     if bias is not None:
-        y = y + drop_rows(bias, len(weight), len(weight) // outputs)
+        y = y + bias
     if activation == 1:
         y = y[:, :outputs] / (1 + np.exp(-y[:, :outputs])) * y[:, outputs:]
     elif activation == 2:
