@@ -15,7 +15,7 @@ import numpy as np
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.graph import GraphBuilder
-from compress.linear import LEVELS
+from compress.levels import LEVELS
 from serve.runner import open_session
 
 KV_MARGIN = 1.1  # other text has larger keys and values than the calibration's largest; clipping costs most

@@ -142,6 +142,22 @@ class Decoder:
         layer = ("qkv", "o", self.up, "down")
         return (*(f"layers.{i}.{product}" for i in range(self.num_layers) for product in layer), "head")
 
+    def shape(self, role: str) -> tuple[int, int]:
+        """Outputs N and inputs K of `qkv`, `o`, `gate_up` or `fc`, `down`, or `head`."""
+        width = self.num_heads * self.head_size
+        shapes = {
+            "qkv": (width + 2 * self.num_kv_heads * self.head_size, self.hidden_size),
+            "o": (self.hidden_size, width),
+            self.up: (self.intermediate_size * len(self.family.up), self.hidden_size),
+            "down": (self.hidden_size, self.intermediate_size),
+            "head": (self.vocab_size, self.hidden_size),
+        }
+        return shapes[role]
+
+    def parts(self, role: str) -> int:
+        """How many products are fused one above the other such that the native operator pads each by itself."""
+        return len(self.family.up) if role == self.up else 1
+
     def architecture(self, max_context: int) -> Architecture:
         return Architecture(
             family=self.family.name,

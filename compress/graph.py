@@ -1,48 +1,36 @@
-"""Writing an ONNX graph: nodes are collected, weights go straight to the external data file.
-
-Nothing large is held: `constant` writes and forgets, so building needs the memory of the caller's own arrays.
-"""
+"""Writing an ONNX graph: nodes are collected, and refer by name to the constants of a weight file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from proto.manifest import GRAPH, WEIGHTS
+from compress.weight_file import WeightFile
 
 MICROSOFT = "com.microsoft"
-OPSET = 21
+PAWL = "pawl"  # our own operators: docs/native.md
+OPSETS: Mapping[str, int] = {"": 21, MICROSOFT: 1, PAWL: 1}
 IR_VERSION = 10
-ALIGNMENT = 4096  # bytes: what mapping a weight straight from the file needs
-INLINE = 1024  # bytes: up to here a constant lives in the graph itself, where ONNX Runtime can fold it
-BLOCK = 16 << 20  # bytes copied at a time when an array is not contiguous
 
 Dimensions = Sequence[int | str]
 
 
 class GraphBuilder:
-    """Collects a graph and writes it as `model.onnx` with `model.onnx.data`. Use as a context manager, then `save`."""
+    """Collects a graph over the constants of `weights`, then writes it with `save`.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Every constant that a node names becomes an initializer, so graphs over one file share what both use.
+    """
+
+    def __init__(self, weights: WeightFile) -> None:
+        self.weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
-        self._constants: dict[str, onnx.TensorProto] = {}
-        self._data = (directory / WEIGHTS).open("wb")
-
-    def __enter__(self) -> GraphBuilder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._data.close()
 
     def input(self, name: str, dtype: Any, shape: Dimensions) -> str:
         self._inputs.append(_value_info(name, dtype, shape))
@@ -53,52 +41,40 @@ class GraphBuilder:
         return name
 
     def constant(self, name: str, array: NDArray[Any]) -> str:
-        """Add an initializer; a large one is on disk when this returns."""
-        if name in self._constants:
-            raise ValueError(f"constant {name} is added twice")
-        if array.nbytes <= INLINE:
-            self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
-            return name
-        self._data.write(bytes(-self._data.tell() % ALIGNMENT))
-        offset = self._data.tell()
-        rows = max(1, BLOCK * len(array) // array.nbytes)
-        little_endian = array.dtype.newbyteorder("<")
-        for start in range(0, len(array), rows):
-            self._data.write(np.ascontiguousarray(array[start : start + rows], dtype=little_endian).data)
-        tensor = TensorProto(
-            name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-            dims=array.shape,
-            data_location=TensorProto.EXTERNAL,
-        )
-        for key, value in (("location", WEIGHTS), ("offset", offset), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self._constants[name] = tensor
+        """Add a constant that this graph alone needs."""
+        self.weights.add(name, array)
         return name
 
     def shared(self, name: str, array: NDArray[Any]) -> str:
         """A small constant that many nodes use: added once."""
-        return name if name in self._constants else self.constant(name, array)
+        return name if name in self.weights else self.constant(name, array)
 
-    def node(self, op: str, inputs: Sequence[str], output: str, *, domain: str = "", **attributes: Any) -> str:
+    def stored(self, name: str) -> str:
+        """The name of a constant if the weight file has it, otherwise "", which leaves an optional input out."""
+        return name if name in self.weights else ""
+
+    def node(self, op: str, inputs: Sequence[str], output: str, /, *, domain: str = "", **attributes: Any) -> str:
         """Add a node with one output and return that output's name."""
         return self.nodes(op, inputs, [output], domain=domain, **attributes)[0]
 
     def nodes(
-        self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str], /, *, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Add a node with several outputs; an empty name skips one."""
-        self._nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
+        node = helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
+        self._nodes.append(node)
         return list(outputs)
 
-    def save(self) -> None:
-        graph = helper.make_graph(
-            self._nodes, "decoder", self._inputs, self._outputs, initializer=list(self._constants.values())
-        )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    def save(self, name: str) -> None:
+        """Write the graph beside its weights, as file `name`."""
+        used = dict.fromkeys(value for node in self._nodes for value in node.input if value in self.weights)
+        initializers = [self.weights[value] for value in used]
+        graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializer=initializers)
+        domains = sorted({"", *(node.domain for node in self._nodes)})
+        opsets = [helper.make_opsetid(domain, OPSETS[domain]) for domain in domains]
         model = helper.make_model(graph, producer_name="pawl", opset_imports=opsets, ir_version=IR_VERSION)
-        self._data.flush()
-        (self.directory / GRAPH).write_bytes(model.SerializeToString())
+        (self.weights.directory / name).write_bytes(model.SerializeToString())
 
 
 def _value_info(name: str, dtype: Any, shape: Dimensions) -> onnx.ValueInfoProto:

@@ -1,75 +1,48 @@
-"""One matrix product in the graph, at the precision that the recipe asks for.
+"""One matrix product in the stock graph, at the precision that the recipe asks for.
 
-Activations are quantized per row and symmetrically, so the integer sums are exact and a row's result does not depend
-on the rows beside it. With 16-bit activations a row is held in two int8 planes, the second being what the first
-rounded away; both go through one integer product, which reads the weight once.
+With int8 weights, activations are quantized per row and symmetrically, so the integer sums are exact and a row's result
+does not depend on the rows beside it. With 16-bit activations a row is held in two int8 planes, the second being what
+the first rounded away; both go through one integer product, which reads the weight once. With 4-bit weights, ONNX
+Runtime's own operator quantizes the activations, by blocks of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-from numpy.typing import NDArray
 
-from compress.checkpoint import Floats
 from compress.graph import MICROSOFT, GraphBuilder
+from compress.levels import LEVELS, TINY
+from compress.operands import Operand
+from compress.precisions import FLOAT
 from proto.manifest import Precision
 
-FLOAT = Precision(weight_bits=32, activation_bits=32)
-W8A8 = Precision(weight_bits=8, activation_bits=8)
-W8A16 = Precision(weight_bits=8, activation_bits=16)
-PRECISIONS = (FLOAT, W8A8, W8A16)
-
-LEVELS = 127  # the largest magnitude of a symmetric int8
 SECOND_PLANE = 2 * LEVELS  # the second plane's step is this much finer: it spans half a step of the first
-TINY = 1e-30  # replaces the largest magnitude of a row of zeros, far below any real one
-ROWS = 1024  # weight rows quantized at a time, so that the temporaries stay small
-
-Int8 = NDArray[np.int8]
-# (product, weight [N, K] after migration) -> int8 weight [N, K] and scale [N], or None for round to nearest
-WeightHook = Callable[[str, Floats], tuple[Int8, Floats] | None]
+INT8_PRODUCT = 4  # MatMulNBits' accuracy level that computes with int8 activations
 
 
-def round_to_nearest(weight: Floats) -> tuple[Int8, Floats]:
-    """Symmetric int8 by output channel: [N, K] -> int8 [N, K], scale [N]."""
-    quantized = np.empty(weight.shape, np.int8)
-    scale = np.empty(len(weight), np.float32)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        block = weight[rows]
-        scale[rows] = np.maximum(np.abs(block).max(axis=1), TINY) / LEVELS
-        quantized[rows] = np.rint(block / scale[rows, None])
-    return quantized, scale
-
-
-def store(graph: GraphBuilder, name: str, weight: Floats, precision: Precision, hook: WeightHook | None) -> None:
-    """Write the weight [N, K] of a product: `{name}.weight` [K, N], and for int8 `{name}.scale` [N]."""
-    if precision == FLOAT:
-        graph.constant(f"{name}.weight", weight.T)
-        return
-    quantized, scale = (hook(name, weight) if hook else None) or round_to_nearest(weight)
-    if quantized.dtype != np.int8 or quantized.shape != weight.shape or scale.shape != weight.shape[:1]:
-        raise ValueError(
-            f"the weight hook gave {quantized.dtype} {quantized.shape} with scales {scale.shape} for {name}, "
-            f"which is {weight.shape}: it must give int8 [N, K] and scales [N]"
-        )
-    graph.constant(f"{name}.weight", quantized.T)
-    graph.constant(f"{name}.scale", scale.astype(np.float32, copy=False))
-
-
-def multiply(graph: GraphBuilder, name: str, x: str, precision: Precision, output: str | None = None) -> str:
-    """x [..., K] times the stored weight -> [..., N], without the bias; named as the product by default."""
+def multiply(
+    graph: GraphBuilder,
+    name: str,
+    x: str,
+    operand: Operand,
+    precision: Precision,
+    shape: tuple[int, int],
+    output: str | None = None,
+) -> str:
+    """x [..., K] times a weight of the shape [N, K] -> [..., N], without the bias; named as the product by default."""
     output = output or name
     if precision == FLOAT:
-        return graph.node("MatMul", [x, f"{name}.weight"], output)
+        return graph.node("MatMul", [x, operand.weight], output)
+    if precision.weight_bits == 4:
+        sizes = {"N": shape[0], "K": shape[1], "bits": 4, "block_size": precision.group}
+        return graph.node("MatMulNBits", [x, *operand], output, domain=MICROSOFT, accuracy_level=INT8_PRODUCT, **sizes)
     step = graph.shared("int8.step", np.array(1 / LEVELS, np.float32))
     zero = graph.shared("int8.zero", np.array(128, np.uint8))
     last = graph.shared("axis.last", np.array([-1], np.int64))
     tiny = graph.shared("int8.tiny", np.array(TINY, np.float32))
 
     def product(rows: str, result: str) -> str:
-        inputs = [rows, f"{name}.weight", step, f"{name}.scale", zero]
+        inputs = [rows, operand.weight, step, operand.scale, zero]
         return graph.node("MatMulIntegerToFloat", inputs, result, domain=MICROSOFT)
 
     largest = graph.node("ReduceMax", [graph.node("Abs", [x], f"{name}.abs"), last], f"{name}.largest", keepdims=1)

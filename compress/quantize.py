@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from compress.calibration import Activations, calibrate, tap_inputs
 from compress.checkpoint import Checkpoint, Floats
+from compress.constants import WeightHook
 from compress.corpus import Corpus, default_texts, make_corpus, split_texts
 from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import judge
-from compress.linear import FLOAT, Int8, WeightHook
+from compress.levels import Weight4, Weight8
+from compress.precisions import FLOAT, precision_of
 from compress.recipes import make_recipe
-from compress.rounding import round_compensating
+from compress.rounding import round_by_group_compensating, round_compensating
 from compress.smoothing import search_layer
 from compress.weights import Weights
 from proto.manifest import (
@@ -118,7 +120,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             reference.mkdir()
         if recipe.default != FLOAT and activations is not None:
             scales = migrate(checkpoint, decoder, recipe, activations)
-            hook = compensating_hook(activations, scales)
+            hook = compensating_hook(recipe, activations, scales)
         kv_scales = activations.kv_scales if activations is not None and options.kv == "int8" else None
         architecture = build(
             checkpoint, artifact, recipe, kv=options.kv, kv_scales=kv_scales, scales=scales, weight_hook=hook
@@ -176,14 +178,17 @@ def migrate(checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activation
     return scales
 
 
-def compensating_hook(activations: Activations, scales: dict[str, Floats]) -> WeightHook:
+def compensating_hook(recipe: Recipe, activations: Activations, scales: dict[str, Floats]) -> WeightHook:
     """Rounds each product's weight so that errors cancel on the calibration inputs; the head stays nearest."""
 
-    def round_weight(product: str, weight: Floats) -> tuple[Int8, Floats] | None:
+    def round_weight(product: str, weight: Floats) -> Weight8 | Weight4 | None:
         if product not in activations.moments:
             return None  # the head, which may be the embedding too
         scale = scales.get(product, np.ones(weight.shape[1], np.float32))
-        return round_compensating(weight, activations.moments[product] / np.outer(scale, scale))
+        moment = activations.moments[product] / np.outer(scale, scale)
+        if group := precision_of(recipe, product).group:
+            return round_by_group_compensating(weight, moment, group)
+        return round_compensating(weight, moment)
 
     return round_weight
 

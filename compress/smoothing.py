@@ -13,10 +13,12 @@ import numpy as np
 
 from compress.checkpoint import Floats
 from compress.families import Decoder
-from compress.linear import LEVELS, TINY, round_to_nearest
+from compress.levels import LEVELS, TINY, dequantize, round_by_group, round_to_nearest
+from compress.precisions import W8A8, precision_of
 from compress.weights import Weights, share_over_groups
-from proto.manifest import Recipe
+from proto.manifest import Precision, Recipe
 
+UNCLIPPED = (1.0,)  # the search for what to clip would take most of the time, and favours none
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -27,18 +29,28 @@ def quantize_rows(x: Floats) -> Floats:
     return rounded
 
 
-def output_error(x: Floats, weight: Floats, scale: Floats, exact: Floats) -> float:
-    """Relative squared error of the W8A8 product of x [R, K] and weight [N, K] after migration by `scale` [K]."""
-    quantized, step = round_to_nearest(weight * scale)
-    found = quantize_rows(x / scale) @ (quantized.astype(np.float32) * step[:, None]).T
+def output_error(x: Floats, weight: Floats, scale: Floats, exact: Floats, precision: Precision = W8A8) -> float:
+    """Relative squared error of the product of int8 x [R, K] and weight [N, K] after migration by `scale` [K]."""
+    group = precision.group
+    migrated = weight * scale
+    is_int8 = precision.weight_bits == 8
+    rounded = round_to_nearest(migrated) if is_int8 else round_by_group(migrated, group, shrink=UNCLIPPED)
+    found = quantize_rows(x / scale) @ dequantize(rounded, group).T
     return float(np.square(found - exact).sum() / np.square(exact).sum())
 
 
-def search_scale(decoder: Decoder, product: str, x: Floats, weight: Floats, alphas: Sequence[float] = ALPHAS) -> Floats:
+def search_scale(
+    decoder: Decoder,
+    product: str,
+    x: Floats,
+    weight: Floats,
+    precision: Precision = W8A8,
+    alphas: Sequence[float] = ALPHAS,
+) -> Floats:
     """The scale [K] of the best strength; ones if no migration is better than all of them."""
     exact = x @ weight.T
     best = np.ones(x.shape[1], np.float32)
-    error = output_error(x, weight, best, exact)
+    error = output_error(x, weight, best, exact, precision)
     peak_x = np.maximum(np.abs(x).max(axis=0), 1e-5)
     peak_w = np.maximum(np.abs(weight).max(axis=0), 1e-5)
     for alpha in alphas:
@@ -46,7 +58,7 @@ def search_scale(decoder: Decoder, product: str, x: Floats, weight: Floats, alph
         if product.endswith(".o"):
             scale = share_over_groups(decoder, scale)
         scale /= np.exp(np.log(scale).mean())  # only the ratios matter: keep norms and rows near their size
-        if (found := output_error(x, weight, scale, exact)) < error:
+        if (found := output_error(x, weight, scale, exact, precision)) < error:
             best, error = scale, found
     return best
 
@@ -59,7 +71,8 @@ def search_layer(
     for role in ("qkv", "o", decoder.up, "down"):
         product = f"layers.{layer}.{role}"
         foldable = role != "down" or decoder.family.gated
-        if foldable and recipe.products.get(product, recipe.default).activation_bits == 8:
+        precision = precision_of(recipe, product)
+        if foldable and precision.activation_bits == 8:
             weight, _ = weights.product(layer, role)
-            scales[product] = search_scale(decoder, product, inputs[product], weight)
+            scales[product] = search_scale(decoder, product, inputs[product], weight, precision)
     return scales

@@ -73,14 +73,8 @@ class Weights:
     def product(self, layer: int, role: str) -> Tensors:
         """Weight [N, K] and bias [N] of `qkv`, `o`, `gate_up` or `fc`, or `down`, migrated."""
         d = self._decoder
-        width = d.num_heads * d.head_size
-        kv_width = d.num_kv_heads * d.head_size
-        modules, num_outputs, num_inputs = {
-            "qkv": (d.family.qkv, width + 2 * kv_width, d.hidden_size),
-            "o": ((d.family.o,), d.hidden_size, width),
-            d.up: (d.family.up, d.intermediate_size * len(d.family.up), d.hidden_size),
-            "down": ((d.family.down,), d.hidden_size, d.intermediate_size),
-        }[role]
+        num_outputs, num_inputs = d.shape(role)
+        modules = {"qkv": d.family.qkv, "o": (d.family.o,), d.up: d.family.up, "down": (d.family.down,)}[role]
         names = [d.prefix + module.format(i=layer) for module in modules]
         weight = self._matrix(names, num_outputs, num_inputs)
         bias: Floats | None = None
@@ -93,7 +87,7 @@ class Weights:
         # The rows that make the next product's input: v for o, up for down.
         if role == "qkv" and (scale := self._scales.get(f"layers.{layer}.o")) is not None:
             per_kv_head = scale.reshape(d.num_kv_heads, -1, d.head_size)[:, 0].reshape(-1)  # [kv_heads * head_size]
-            _divide_rows(weight, bias, slice(width + kv_width, None), per_kv_head)
+            _divide_rows(weight, bias, slice(num_outputs - len(per_kv_head), None), per_kv_head)
         if role == "gate_up" and (scale := self._scales.get(f"layers.{layer}.down")) is not None:
             _divide_rows(weight, bias, slice(d.intermediate_size, None), scale)
         return weight, bias
@@ -136,7 +130,7 @@ class Weights:
 
     def _check_scales(self) -> None:
         d = self._decoder
-        sizes = {"qkv": d.hidden_size, "o": d.num_heads * d.head_size, d.up: d.hidden_size, "down": d.intermediate_size}
+        sizes = {role: d.shape(role)[1] for role in ("qkv", "o", d.up, "down")}
         foldable = sizes if d.family.gated else sizes.keys() - {"down"}
         for product, scale in self._scales.items():
             role = product.rpartition(".")[2]

@@ -1,8 +1,8 @@
 """The artifact manifest: what a directory must say of itself to be served. Version 1.
 
-An artifact is `model.onnx`, `model.onnx.data`, `tokenizer.json`, `chat_template.jinja` (if the model chats) and
-`manifest.json`. ONNX Runtime loads a flipped weight bit without a word, so `load` checks every digest, and refuses
-links and files that the manifest does not list.
+An artifact is `model.onnx`, `model.native.onnx` (if all its weights are integers) with their common `model.onnx.data`,
+`tokenizer.json`, `chat_template.jinja` (if the model chats) and `manifest.json`. ONNX Runtime loads a flipped weight
+bit without a word, so `load` checks every digest, and refuses links and files that the manifest does not list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from msgspec import Meta, Struct
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-GRAPH = "model.onnx"
+GRAPH = "model.onnx"  # stock operators: runs on any ONNX Runtime
+NATIVE_GRAPH = "model.native.onnx"  # our operators (docs/native.md); refers to the same weights
 WEIGHTS = "model.onnx.data"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -50,11 +51,20 @@ class Architecture(_Part, frozen=True):
     eos_token_ids: list[int] = []
 
 
-class Precision(_Part, frozen=True):
+class Precision(_Part, frozen=True, omit_defaults=True):
     """How one product's operands are held: bits of weights and of activations (32: float)."""
 
-    weight_bits: int
-    activation_bits: int
+    weight_bits: Literal[4, 8, 32]
+    activation_bits: Literal[8, 16, 32]
+    group: Literal[0, 32, 64] = 0  # neighbouring inputs that share the scale of a 4-bit weight; 0: a row has one scale
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a 4-bit weight has no groups, or another one has."""
+        if (self.weight_bits == 4) != (self.group > 0):
+            raise ValueError(
+                f"weights of {self.weight_bits} bits with groups of {self.group}: "
+                "4-bit weights need groups of 32 or 64, others have none (0)"
+            )
 
 
 class Recipe(_Part, frozen=True):

@@ -25,7 +25,7 @@ from compress.gate import CHUNK, THRESHOLDS
 from compress.quantize import Options, quantize
 from compress.recipes import RECIPES
 from proto import inference_pb2 as pb
-from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, TOKENIZER, WEIGHTS
+from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, NATIVE_GRAPH, TOKENIZER, WEIGHTS
 from serve import api, errors, http_limits
 from serve.grpc_api import CODES, NAME
 from serve.http_api import OPEN, HttpApi
@@ -259,7 +259,9 @@ def test_the_map_of_folders_is_the_tree() -> None:
 
 
 def test_the_readme_names_the_artifacts_files() -> None:
-    assert {GRAPH, WEIGHTS, TOKENIZER, CHAT_TEMPLATE, MANIFEST} <= set(quoted(section(README, "Your own model")))
+    files = {GRAPH, NATIVE_GRAPH, WEIGHTS, TOKENIZER, CHAT_TEMPLATE, MANIFEST}
+    assert files <= set(quoted(section(README, "Your own model")))
+    assert files == {name for row in rows(section(COMPRESS, "The artifact")) for name in quoted(row[0])}
     assert f"`{re.findall(r'^MODEL .?= (.*)$', MAKEFILE, re.MULTILINE)[0]}`" in README
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from compress.checkpoint import Checkpoint
 from compress.decoder import build
-from compress.linear import FLOAT
+from compress.precisions import FLOAT
 from proto.manifest import Architecture, Recipe
 
 VOCAB = 160

@@ -13,10 +13,9 @@ import pytest
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.decoder import build
 from compress.families import FAMILIES, describe
-from compress.linear import FLOAT
+from compress.precisions import FLOAT, W4A8, W8A8
 from proto.manifest import Precision, Recipe
 
-W8A8 = Precision(weight_bits=8, activation_bits=8)
 CLOSE = {"rtol": 0, "atol": 1e-3}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -144,11 +143,12 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tiny, make_graph, tmp
         ({"max_context": 200}, "max_context 200 is more than the 128"),
         ({"kv": "int8"}, "kv_scales must be given"),
         ({"recipe": Recipe(name="r", default=FLOAT, products={"layers.9.o": FLOAT})}, r"names product layers\.9\.o"),
-        ({"recipe": Recipe(name="r", default=Precision(weight_bits=4, activation_bits=8))}, r"default \(4, 8\) bits"),
+        ({"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))}, r"default \(8, 32\) bits"),
+        ({"recipe": Recipe(name="r", default=W4A8)}, "gives the head 4-bit weights, which are the embedding too"),
     ],
 )
 def test_wrong_options_are_refused(options, message, tiny, make_graph):
-    _, path = tiny("llama")
+    _, path = tiny("llama", tie_word_embeddings=True)
     with pytest.raises(ValueError, match=message):
         make_graph(path, **options)
 
@@ -175,13 +175,14 @@ def test_the_graph_is_deterministic_and_its_large_weights_are_outside(tiny, tmp_
     assert sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 10_000
 
 
-@pytest.mark.parametrize("recipe", [FLOAT, W8A8])
+@pytest.mark.parametrize("recipe", [FLOAT, W8A8, W4A8])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_bounded_by_the_largest_tensor(recipe, tied, tiny, tmp_path):
     _, path = tiny("llama", vocab_size=20_000, num_hidden_layers=6, tie_word_embeddings=tied)
     largest = 20_000 * 64 * 4
     tracemalloc.start()
-    build(Checkpoint(path), tmp_path, Recipe(name="any", default=recipe), max_context=16)
+    heavy = {"head": W8A8} if recipe == W4A8 and tied else {}
+    build(Checkpoint(path), tmp_path, Recipe(name="any", default=recipe, products=heavy), max_context=16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert largest < peak < 2 * largest + 500_000

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
+from compress.constants import WeightHook, write_weight
 from compress.graph import GraphBuilder
-from compress.linear import FLOAT, LEVELS, TINY, WeightHook, multiply, round_to_nearest, store
-from proto.manifest import Precision
+from compress.levels import LEVELS, TINY, Weight8, dequantize, round_by_group, round_to_nearest
+from compress.linear import multiply
+from compress.operands import load
+from compress.precisions import FLOAT, W4A8, W4A8_GROUP64, W8A8, W8A16
+from compress.weight_file import WeightFile
+from proto.manifest import GRAPH, Precision
 
-W8A8 = Precision(weight_bits=8, activation_bits=8)
-W8A16 = Precision(weight_bits=8, activation_bits=16)
 K, N = 96, 40
 WEIGHT = np.random.default_rng(1).normal(size=(N, K)).astype(np.float32)
 
@@ -30,14 +34,22 @@ def make_rows(*leading: int) -> np.ndarray:
 
 @pytest.fixture
 def run(tmp_path: Path):
-    def run(x: np.ndarray, precision: Precision, hook: WeightHook | None = None) -> np.ndarray:
-        with GraphBuilder(tmp_path) as graph:
-            graph.input("x", np.float32, [f"axis{i}" for i in range(x.ndim - 1)] + [K])
-            graph.output("y", np.float32, [f"axis{i}" for i in range(x.ndim - 1)] + [N])
-            store(graph, "product", WEIGHT, precision, hook)
-            multiply(graph, "product", "x", precision, output="y")
-            graph.save()
-        session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    def run(
+        x: np.ndarray,
+        precision: Precision,
+        hook: WeightHook | None = None,
+        weight: np.ndarray = WEIGHT,
+        parts: int = 1,
+    ) -> np.ndarray:
+        with WeightFile(tmp_path) as file:
+            write_weight(file, "product", weight, precision, hook, parts)
+            graph = GraphBuilder(file)
+            graph.input("x", np.float32, [f"axis{i}" for i in range(x.ndim)])
+            graph.output("y", np.float32, [f"axis{i}" for i in range(x.ndim - 1)] + [len(weight)])
+            operand = load(graph, "product", precision, weight.shape, parts)
+            multiply(graph, "product", "x", operand, precision, weight.shape, output="y")
+            graph.save(GRAPH)
+        session = ort.InferenceSession(tmp_path / GRAPH, providers=["CPUExecutionProvider"])
         return session.run(["y"], {"x": x})[0]
 
     return run
@@ -95,9 +107,9 @@ def test_round_to_nearest_is_within_half_a_step():
 def test_a_weight_hook_replaces_round_to_nearest(run):
     seen = []
 
-    def hook(name: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def hook(name: str, weight: np.ndarray) -> Weight8:
         seen.append((name, weight.shape))
-        return np.ones(weight.shape, np.int8), np.ones(len(weight), np.float32)
+        return Weight8(np.ones(weight.shape, np.int8), np.ones(len(weight), np.float32))
 
     x = np.full((1, K), 0.5, np.float32)
     np.testing.assert_allclose(run(x, W8A8, hook), K * 0.5, rtol=1e-5)
@@ -106,5 +118,35 @@ def test_a_weight_hook_replaces_round_to_nearest(run):
 
 
 def test_a_weight_hook_of_the_wrong_shape_is_refused(run):
-    with pytest.raises(ValueError, match="the weight hook gave int8"):
-        run(make_rows(3), W8A8, lambda _, weight: (weight.T.astype(np.int8), np.ones(len(weight), np.float32)))
+    def turned(_: str, weight: np.ndarray) -> Weight8:
+        return Weight8(weight.T.astype(np.int8), np.ones(len(weight), np.float32))
+
+    with pytest.raises(
+        ValueError, match=r"gave int8 \[96, 40\], .* for product; it must give int8 \[40, 96\], float32"
+    ):
+        run(make_rows(3), W8A8, turned)
+
+
+ODD = np.random.default_rng(3).normal(size=(2 * 23, 100)).astype(np.float32)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("precision", [W8A16, W4A8, W4A8_GROUP64], ids=["int8", "group 32", "group 64"])
+def test_sizes_that_do_not_fill_the_tiles(precision, parts, run):
+    """`parts` tells how the weight is stored, padded; the product is the same."""
+    x = np.random.default_rng(4).normal(size=(5, 100)).astype(np.float32)
+    is_int8 = precision.weight_bits == 8
+    rounded = round_to_nearest(ODD) if is_int8 else round_by_group(ODD, precision.group)
+    expected = x @ dequantize(rounded, precision.group).T
+    # With 4-bit weights ONNX Runtime rounds the activations to 8 bits.
+    np.testing.assert_allclose(run(x, precision, weight=ODD, parts=parts), expected, atol=1e-3 if is_int8 else 0.5)
+
+
+def test_packed_weights_are_turned_once_at_load(run, tmp_path):
+    for precision in (W8A8, W8A16, W4A8):
+        run(make_rows(3), precision)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(tmp_path / GRAPH, options, providers=["CPUExecutionProvider"])
+        left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+        assert not left & {"Transpose", "Reshape", "Slice", "Cast", "BitShift"}

@@ -10,7 +10,8 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.families import FAMILIES, describe
-from compress.linear import FLOAT, round_to_nearest
+from compress.levels import round_to_nearest
+from compress.precisions import FLOAT
 from compress.weights import Weights, share_over_groups
 from proto.manifest import Precision, Recipe
 

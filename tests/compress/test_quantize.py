@@ -14,9 +14,10 @@ import pytest
 from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
 from compress.gate import THRESHOLDS
+from compress.precisions import W8A8, W8A16
 from compress.quantize import Options
-from compress.recipes import RECIPES, W8A8, W8A16
-from proto.manifest import Manifest, load
+from compress.recipes import RECIPES
+from proto.manifest import Manifest, Precision, load
 from tests.serve.tiny import TEXT, make_checkpoint
 
 SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
@@ -79,7 +80,8 @@ def test_every_recipe_publishes_a_whole_artifact(
     assert "passed the gate: perplexity" in capsys.readouterr().out
     manifest = load(tmp_path / "tiny")
     assert (manifest.name, manifest.recipe.name, manifest.kv_cache) == ("small", recipe, kv)
-    assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"}
+    native = set() if recipe == "fp32" else {"model.native.onnx"}
+    assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"} | native
     assert manifest.gate is not None
     assert (manifest.gate.passed, manifest.gate.forced) == (True, False)
     assert manifest.lineage.command.startswith("python -m compress quantize ")
@@ -109,6 +111,14 @@ def test_heavy_tailed_products_get_wider_activations(quantize: Run, tmp_path: Pa
     recipe = load(tmp_path / "tiny").recipe
     assert recipe.default == W8A8
     assert recipe.products == {"head": W8A16, "layers.0.down": W8A16, "layers.1.down": W8A16}
+
+
+@pytest.mark.usefixtures("any_figures_pass")
+def test_4_bit_weights_are_in_groups_but_for_the_head(quantize: Run, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "tiny", "--recipe", "w4a8") == 0
+    recipe = load(tmp_path / "tiny").recipe
+    assert recipe.default == Precision(weight_bits=4, activation_bits=8, group=32)
+    assert recipe.products == {"head": W8A16}
 
 
 @pytest.mark.usefixtures("no_figures_pass")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.linear import LEVELS, round_to_nearest
-from compress.rounding import BLOCK, round_compensating
+from compress.levels import LEVELS, Weight4, dequantize, round_by_group, round_to_nearest
+from compress.rounding import BLOCK, round_by_group_compensating, round_compensating
 
 N = 24
 
@@ -71,3 +71,21 @@ def test_rows_of_zeros_stay_zeros() -> None:
     levels, scale = round_compensating(weight, x.T @ x)
     assert not levels[5].any()
     assert np.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("num_inputs", [BLOCK // 2, 2 * BLOCK + 24])
+def test_errors_of_4_bits_cancel_too(num_inputs: int, group: int) -> None:
+    x, weight = correlated_rows(num_inputs), make_weight(num_inputs)
+
+    def error(rounded: Weight4) -> float:
+        return float(np.square(x @ (dequantize(rounded, group) - weight).T).sum())
+
+    assert error(round_by_group_compensating(weight, x.T @ x, group)) < 0.4 * error(round_by_group(weight, group))
+
+
+def test_with_uncorrelated_inputs_4_bits_are_nearest() -> None:
+    weight = make_weight(BLOCK + 8)
+    found = round_by_group_compensating(weight, np.eye(BLOCK + 8, dtype=np.float32), 32)
+    for array, expected in zip(found, round_by_group(weight, 32), strict=True):
+        np.testing.assert_array_equal(array, expected)

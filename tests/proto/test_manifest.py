@@ -139,6 +139,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no layers": (lambda a: change(a, architecture__num_layers=0), r">= 1.*\$\.architecture\.num_layers"),
     "unknown cache": (lambda a: change(a, kv_cache="fp8"), r"fp8.*\$\.kv_cache"),
     "unknown target": (lambda a: change(a, target="gpu"), r"gpu.*\$\.target"),
+    "bits unheard of": (lambda a: change(a, recipe__default__weight_bits=3), r"3.*\$\.recipe\.default\.weight_bits"),
+    "4 bits without groups": (
+        lambda a: change(a, recipe__default__weight_bits=4),
+        r"weights of 4 bits with groups of 0: 4-bit weights need groups of 32 or 64.* at `\$\.recipe\.default`",
+    ),
+    "groups of 8 bits": (lambda a: change(a, recipe__default__group=32), r"weights of 8 bits with groups of 32"),
     "short digest": (lambda a: change(a, lineage__checkpoint="0" * 63), r"\$\.lineage\.checkpoint"),
     "digest in capitals": (lambda a: change(a, lineage__checkpoint="A" * 64), r"\$\.lineage\.checkpoint"),
     "digest and newline": (lambda a: change(a, lineage__checkpoint="0" * 64 + "\n"), r"\$\.lineage\.checkpoint"),

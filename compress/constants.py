@@ -1,0 +1,132 @@
+"""Every constant of a decoder, written once into the data file under the names by which both graphs know it.
+
+| name                                         | shape and type                                                   |
+|----------------------------------------------|------------------------------------------------------------------|
+| `{product}.weight`, fp32                     | float32 [K, N]; of a tied head [vocab, hidden]                   |
+| `{product}.weight`, `.scale`, `.sums`, int8  | packed: docs/native.md                                           |
+| `{product}.weight`, `.scale`, `.zero`, 4-bit | packed: docs/native.md                                           |
+| `{product}.bias`                             | float32 [N]                                                      |
+| `embedding.weight`, `.scale`                 | of an untied embedding: float32 [vocab, hidden], or packed int8  |
+| `{norm}.weight`, `.bias`                     | float32 [hidden], or [head_size] of `layers.{i}.q_norm`, `k_norm` |
+| `rope.cos`, `rope.sin`                       | float32 [context, head_size / 2]                                 |
+| `positions.weight`                           | float32 [context, hidden]                                        |
+
+Products are `layers.{i}.{qkv, o, gate_up or fc, down}` and `head`, the norms `layers.{i}.attention_norm`,
+`layers.{i}.mlp_norm` and `final_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from compress.checkpoint import Floats
+from compress.families import Decoder
+from compress.levels import Weight4, Weight8, round_by_group, round_to_nearest
+from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
+from compress.precisions import FLOAT, precision_of
+from compress.rope import tables
+from compress.weight_file import WeightFile
+from compress.weights import Tensors, Weights
+from proto.manifest import Precision, Recipe
+
+# (product, weight [N, K] after migration) -> its levels and scales, or None for round to nearest
+WeightHook = Callable[[str, Floats], Weight8 | Weight4 | None]
+
+
+def write_constants(
+    file: WeightFile, decoder: Decoder, weights: Weights, recipe: Recipe, hook: WeightHook | None, max_context: int
+) -> None:
+    """Read, round, pack and write one weight after the other; none is kept."""
+    d = decoder
+    if d.rope:
+        for name, table in zip(("cos", "sin"), tables(d.rope, d.head_size, d.max_position, max_context), strict=True):
+            file.add(f"rope.{name}", table)
+    if d.tied:
+        _write_tied(file, weights.embedding(), precision_of(recipe, "head"), hook)
+    else:
+        _write_embedding(file, weights.embedding(), recipe.default)
+    if d.family.positions:
+        file.add("positions.weight", weights.positions(max_context))
+    for i in range(d.num_layers):
+        for role in ("qkv", "o", d.up, "down"):
+            if role == "qkv":
+                _write_tensors(file, f"layers.{i}.attention_norm", weights.attention_norm(i))
+                for kind, template in (("q_norm", d.family.q_norm), ("k_norm", d.family.k_norm)):
+                    if template:
+                        file.add(f"layers.{i}.{kind}.weight", weights.head_norm(template, i))
+            elif role == d.up:
+                _write_tensors(file, f"layers.{i}.mlp_norm", weights.mlp_norm(i))
+            product = f"layers.{i}.{role}"
+            weight, bias = weights.product(i, role)
+            write_weight(file, product, weight, precision_of(recipe, product), hook, d.parts(role))
+            if bias is not None:
+                file.add(f"{product}.bias", bias)
+    _write_tensors(file, "final_norm", weights.final_norm())
+    if not d.tied:
+        write_weight(file, "head", weights.head(), precision_of(recipe, "head"), hook)
+
+
+def write_weight(
+    file: WeightFile, product: str, weight: Floats, precision: Precision, hook: WeightHook | None, parts: int = 1
+) -> None:
+    """Write the weight [N, K] of a product. Raises ValueError if the hook gives something else."""
+    if precision == FLOAT:
+        file.add(f"{product}.weight", weight.T)
+        return
+    rounded = hook(product, weight) if hook else None
+    if rounded is None:
+        bits = precision.weight_bits
+        rounded = round_to_nearest(weight) if bits == 8 else round_by_group(weight, precision.group)
+    _check(product, weight.shape, precision, rounded)
+    if isinstance(rounded, Weight8):
+        file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
+        file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
+        file.add(f"{product}.sums", pad_rows(rounded.levels.sum(axis=1, dtype=np.int32), parts))
+    else:
+        num_inputs, group = weight.shape[1], precision.group
+        file.add(f"{product}.weight", pack_int4(rounded.levels, rounded.zero, group, parts))
+        file.add(f"{product}.scale", pack_groups(rounded.scale, num_inputs, group, parts, fill=1))
+        file.add(f"{product}.zero", pack_groups(rounded.zero, num_inputs, group, parts))
+
+
+def _write_tied(file: WeightFile, matrix: Floats, precision: Precision, hook: WeightHook | None) -> None:
+    """The matrix [vocab, hidden] that is both the embedding and the head, as `head`."""
+    if precision == FLOAT:
+        file.add("head.weight", matrix)
+    else:
+        write_weight(file, "head", matrix, precision, hook)
+
+
+def _write_embedding(file: WeightFile, matrix: Floats, precision: Precision) -> None:
+    """An untied embedding [vocab, hidden]: int8, unless the recipe is float."""
+    if precision == FLOAT:
+        file.add("embedding.weight", matrix)
+    else:
+        levels, scale = round_to_nearest(matrix)
+        file.add("embedding.weight", pack_int8(levels))
+        file.add("embedding.scale", pad_rows(scale, fill=1))
+
+
+def _write_tensors(file: WeightFile, name: str, tensors: Tensors) -> None:
+    for kind, tensor in zip(("weight", "bias"), tensors, strict=True):
+        if tensor is not None:
+            file.add(f"{name}.{kind}", tensor)
+
+
+def _check(product: str, shape: tuple[int, ...], precision: Precision, rounded: Weight8 | Weight4) -> None:
+    found: list[tuple[Any, tuple[int, ...]]] = [(array.dtype, array.shape) for array in rounded]
+    wanted: list[tuple[Any, tuple[int, ...]]]
+    if precision.weight_bits == 8:
+        wanted = [(np.int8, shape), (np.float32, shape[:1])]
+    else:
+        groups = (shape[0], -(-shape[1] // precision.group))
+        wanted = [(np.uint8, shape), (np.float16, groups), (np.uint8, groups)]
+    if found != wanted:
+        raise ValueError(f"the weight hook gave {_text(found)} for {product}; it must give {_text(wanted)}")
+
+
+def _text(arrays: list[tuple[Any, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{np.dtype(dtype)} {list(shape)}" for dtype, shape in arrays)

@@ -1,0 +1,140 @@
+"""The decoder as a graph of our own operators, which executes a whole plan in one run: docs/native.md.
+
+Its constants are those of the stock graph, in the same file; compress/constants.py names them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compress.families import Decoder
+from compress.graph import PAWL, GraphBuilder
+from compress.packing import DEPTH, TILE, pad
+from compress.precisions import precision_of
+from compress.weight_file import WeightFile
+from proto.manifest import NATIVE_GRAPH, Recipe
+
+CANDIDATES = 64  # the largest logits that `Select` names
+CACHE_BLOCK = 64  # positions
+NORMS = {"rms": 1, "layer": 2}
+# (activation in config.json, whether the MLP is gated) -> that of Linear8 and Linear4
+ACTIVATIONS: Mapping[tuple[str, bool], int] = {
+    ("silu", True): 1,
+    ("gelu_new", False): 2,
+    ("gelu_pytorch_tanh", False): 2,
+}
+
+
+def has_native_form(decoder: Decoder, recipe: Recipe) -> bool:
+    """Whether all weights are integers, the embedding's too, and the operators know the activation."""
+    precisions = [recipe.default, *(precision_of(recipe, product) for product in decoder.products)]
+    is_integer = all(precision.weight_bits < 32 for precision in precisions)
+    return is_integer and (decoder.activation, decoder.family.gated) in ACTIVATIONS
+
+
+def cache_block_bytes(head_size: int) -> int:
+    """Bytes of the keys and values of one layer and KV head at the positions of a block, with their scales."""
+    return CACHE_BLOCK * (pad(head_size, DEPTH) + pad(head_size, TILE) + 2 * 4)
+
+
+class NativeGraph:
+    """One graph in the making. Its values have the names that they have in the stock graph."""
+
+    def __init__(self, file: WeightFile, decoder: Decoder, recipe: Recipe) -> None:
+        self.graph = GraphBuilder(file)
+        self.decoder = decoder
+        self.recipe = recipe
+
+    def write(self) -> None:
+        """Write `model.native.onnx` beside the weight file, which must hold all constants."""
+        g, d = self.graph, self.decoder
+        g.input("input_ids", np.int64, ["tokens"])
+        g.input("segments", np.int32, ["segments", 3])
+        g.input("blocks", np.int32, ["segments", "width"])
+        g.input("logits_rows", np.int64, ["rows"])
+        g.input("hidden_rows", np.int64, ["hidden_rows"])
+        g.input("temperature", np.float32, ["rows"])
+        g.input("cache", np.uint8, ["blocks", d.num_layers, d.num_kv_heads, cache_block_bytes(d.head_size)])
+        g.output("logits", np.float32, ["rows", d.vocab_size])
+        g.output("candidates", np.int32, ["rows", min(CANDIDATES, d.vocab_size)])
+        g.output("total", np.float32, ["rows"])
+        g.output("hidden", np.float32, ["hidden_rows", d.hidden_size])
+        x = self._embed()
+        for i in range(d.num_layers):
+            qkv = self._linear(f"layers.{i}.qkv", x, norm=f"layers.{i}.attention_norm")
+            x = self._linear(f"layers.{i}.o", self._attend(i, qkv), residual=x)
+            activation = ACTIVATIONS[d.activation, d.family.gated]
+            inner = self._linear(f"layers.{i}.{d.up}", x, norm=f"layers.{i}.mlp_norm", activation=activation)
+            x = self._linear(f"layers.{i}.down", inner, residual=x)
+        wanted = g.node("Gather", [x, "logits_rows"], "wanted")
+        self._linear("head", wanted, norm="final_norm", output="logits")
+        g.nodes("Select", ["logits", "temperature"], ["candidates", "total"], domain=PAWL)
+        self._hidden(g.node("Gather", [x, "hidden_rows"], "hidden.raw"))
+        g.save(NATIVE_GRAPH)
+
+    def _embed(self) -> str:
+        """The residual stream's start, [tokens, hidden]."""
+        g, d = self.graph, self.decoder
+        matrix = "head" if d.tied else "embedding"
+        inputs = ["input_ids", f"{matrix}.weight", f"{matrix}.scale", "segments", g.stored("positions.weight")]
+        return self._node("Embed", inputs, "embedding", hidden=d.hidden_size)
+
+    def _linear(
+        self, name: str, x: str, *, norm: str = "", activation: int = 0, residual: str = "", output: str = ""
+    ) -> str:
+        """activation(normed x times the weight + bias) + residual, [rows, N]; named as the product by default."""
+        g, d = self.graph, self.decoder
+        role = name.rpartition(".")[2]
+        precision = precision_of(self.recipe, name)
+        num_outputs, num_inputs = d.shape(role)
+        attributes: dict[str, Any] = {
+            "inputs": num_inputs,
+            "outputs": num_outputs // d.parts(role),
+            "norm": NORMS[d.family.norm] if norm else 0,
+            "epsilon": d.epsilon,
+            "activation": activation,
+        }
+        if precision.weight_bits == 4:
+            op, third = "Linear4", f"{name}.zero"
+            attributes["group"] = precision.group
+        else:
+            op, third = "Linear8", f"{name}.sums"
+            attributes["planes"] = precision.activation_bits // 8
+        norms = [g.stored(f"{norm}.weight"), g.stored(f"{norm}.bias")] if norm else ["", ""]
+        inputs = [x, f"{name}.weight", f"{name}.scale", third, *norms, g.stored(f"{name}.bias"), residual]
+        return self._node(op, inputs, output or name, **attributes)
+
+    def _attend(self, layer: int, qkv: str) -> str:
+        """[tokens, (heads + 2 kv_heads) head_size] -> [tokens, heads * head_size]."""
+        g, d = self.graph, self.decoder
+        names = ("rope.cos", "rope.sin", f"layers.{layer}.q_norm.weight", f"layers.{layer}.k_norm.weight")
+        return self._node(
+            "Attend",
+            [qkv, "cache", "segments", "blocks", *map(g.stored, names)],
+            f"layers.{layer}.attention",
+            layer=layer,
+            heads=d.num_heads,
+            kv_heads=d.num_kv_heads,
+            head_size=d.head_size,
+            interleaved=0,
+            window=d.windows[layer] or 0,
+            epsilon=d.epsilon,
+            scale=1 / math.sqrt(d.head_size),
+        )
+
+    def _hidden(self, x: str) -> None:
+        g, d = self.graph, self.decoder
+        bias = g.stored("final_norm.bias")
+        op = "LayerNormalization" if bias else "SimplifiedLayerNormalization"
+        inputs = ["final_norm.weight", *([bias] if bias else [])]
+        g.node(op, [x, *inputs], "hidden", axis=-1, epsilon=d.epsilon)
+
+    def _node(self, op: str, inputs: list[str], output: str, /, **attributes: Any) -> str:
+        """One of our operators; optional inputs that are left out at the end are not named at all."""
+        while not inputs[-1]:
+            inputs.pop()
+        return self.graph.node(op, inputs, output, domain=PAWL, **attributes)

@@ -1,0 +1,16 @@
+"""The precisions that the graphs offer, and which of them a recipe gives to a product."""
+
+from __future__ import annotations
+
+from proto.manifest import Precision, Recipe
+
+FLOAT = Precision(weight_bits=32, activation_bits=32)
+W8A8 = Precision(weight_bits=8, activation_bits=8)
+W8A16 = Precision(weight_bits=8, activation_bits=16)
+W4A8 = Precision(weight_bits=4, activation_bits=8, group=32)
+W4A8_GROUP64 = Precision(weight_bits=4, activation_bits=8, group=64)
+PRECISIONS = (FLOAT, W8A8, W8A16, W4A8, W4A8_GROUP64)
+
+
+def precision_of(recipe: Recipe, product: str) -> Precision:
+    return recipe.products.get(product, recipe.default)

@@ -1,0 +1,226 @@
+"""The decoder as a graph of stock operators, which runs on any ONNX Runtime.
+
+    1. embed the tokens                       input_ids [batch, sequence] -> [batch, sequence, hidden]
+    2. for each layer: norm, qkv, attention (which writes the caches), o; norm, MLP
+    3. final norm, then only the wanted rows  -> hidden [rows, hidden]
+    4. the head                               -> logits [rows, vocab]
+
+Inputs: `input_ids` int64 [batch, sequence]; `seqlens_k` int32 [batch], each row's length after this step minus 1;
+`total_sequence_length` int32 [], the largest length; `logits_rows` int64 [rows], indices into batch * sequence; and
+by layer `key_cache.{i}`, `value_cache.{i}` [batch, kv_heads, capacity, head_size], float32 or int8.
+Outputs: `logits`, `hidden`, and `key_cache_out.{i}`, `value_cache_out.{i}`, to be bound to the inputs' memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from onnx import TensorProto
+
+from compress.checkpoint import Floats
+from compress.families import Decoder
+from compress.graph import MICROSOFT, GraphBuilder
+from compress.linear import multiply
+from compress.operands import Operand, int8_rows, load, row_values
+from compress.precisions import FLOAT, precision_of
+from compress.weight_file import WeightFile
+from proto.manifest import GRAPH, Recipe
+
+# (graph, product, the value that is its input, K): adds outputs. The value is [batch, sequence, K] or, for the head,
+# [rows, K].
+Tap = Callable[[GraphBuilder, str, str, int], None]
+
+# activation in config.json -> operator and its attributes
+ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, float]]] = {
+    "silu": ("QuickGelu", {"alpha": 1.0}),
+    "gelu_new": ("FastGelu", {}),
+    "gelu_pytorch_tanh": ("FastGelu", {}),
+}
+
+
+class StockGraph:
+    """One graph in the making. Names of values: `layers.{i}.{what}`, a product's output having the product's name."""
+
+    def __init__(
+        self,
+        file: WeightFile,
+        decoder: Decoder,
+        recipe: Recipe,
+        taps: Tap | None,
+        kv_scales: Sequence[tuple[Floats, Floats]] | None,
+    ) -> None:
+        self.graph = GraphBuilder(file)
+        self.decoder = decoder
+        self.recipe = recipe
+        self.taps = taps
+        self.kv_scales = kv_scales
+
+    def write(self) -> None:
+        """Write `model.onnx` beside the weight file, which must hold all constants (compress/constants.py)."""
+        g, d = self.graph, self.decoder
+        g.input("input_ids", np.int64, ["batch", "sequence"])
+        g.input("seqlens_k", np.int32, ["batch"])
+        g.input("total_sequence_length", np.int32, [])
+        g.input("logits_rows", np.int64, ["rows"])
+        g.output("logits", np.float32, ["rows", d.vocab_size])
+        g.output("hidden", np.float32, ["rows", d.hidden_size])
+        head = load(g, "head", precision_of(self.recipe, "head"), d.shape("head"))
+        residual = self._embed(head)
+        normed = self._norm(residual, "layers.0.attention_norm")
+        for i in range(d.num_layers):
+            qkv, bias = self._product(i, "qkv", normed)
+            attention = self._attend(i, self._add_bias(qkv, bias))
+            out, bias = self._product(i, "o", attention)
+            normed, residual = self._add_norm(residual, out, bias, f"layers.{i}.mlp_norm")
+            out, bias = self._mlp(i, normed)
+            name = f"layers.{i + 1}.attention_norm" if i + 1 < d.num_layers else "final_norm"
+            normed, residual = self._add_norm(residual, out, bias, name)
+        self._head(normed, head)
+        g.save(GRAPH)
+
+    def _embed(self, head: Operand) -> str:
+        """The residual stream's start [batch, sequence, hidden]."""
+        g, d = self.graph, self.decoder
+        precision = precision_of(self.recipe, "head") if d.tied else self.recipe.default
+        if precision == FLOAT:
+            x = g.node("Gather", ["head.weight" if d.tied else "embedding.weight", "input_ids"], "embedding")
+        elif d.tied:  # the head's matrix is [hidden, vocab]: its columns are the tokens
+            columns = g.node("Gather", [head.weight, "input_ids"], "embedding.columns", axis=1)
+            levels = g.node("Transpose", [columns], "embedding.levels", perm=[1, 2, 0])
+            x = self._dequantize(levels, head.scale)
+        else:
+            matrix = int8_rows(g, "embedding", d.shape("head"))
+            levels = g.node("Gather", [matrix, "input_ids"], "embedding.levels")
+            x = self._dequantize(levels, row_values(g, "embedding.scale", d.vocab_size))
+        return self._add_positions(x) if d.family.positions else x
+
+    def _dequantize(self, levels: str, scale: str) -> str:
+        """int8 token rows [batch, sequence, hidden] times each token's scale, from [vocab]."""
+        g = self.graph
+        last = g.shared("axis.last", np.array([-1], np.int64))
+        scale = g.node("Gather", [scale, "input_ids"], "embedding.scale_of_token")
+        scale = g.node("Unsqueeze", [scale, last], "embedding.scale_of_row")
+        rows = g.node("Cast", [levels], "embedding.rows", to=TensorProto.FLOAT)
+        return g.node("Mul", [rows, scale], "embedding")
+
+    def _add_positions(self, x: str) -> str:
+        """Add the learned embeddings of positions past + 0, past + 1, ...; past = seqlens_k + 1 - sequence.
+
+        In a first prompt that is padded on the right the rows are shorter than the sequence and past is 0.
+        """
+        g = self.graph
+        one, zero = g.shared("one", np.array(1, np.int64)), g.shared("zero", np.array(0, np.int64))
+        axis = g.shared("axis.1", np.array([1], np.int64))
+        shape = g.node("Shape", ["input_ids"], "positions.shape")
+        sequence = g.node("Gather", [shape, one], "positions.sequence")
+        length = g.node(
+            "Add", [g.node("Cast", ["seqlens_k"], "positions.last", to=TensorProto.INT64), one], "positions.length"
+        )
+        past = g.node("Max", [g.node("Sub", [length, sequence], "positions.before"), zero], "positions.past")
+        steps = g.node("Range", [zero, sequence, one], "positions.steps")
+        index = g.node("Add", [g.node("Unsqueeze", [past, axis], "positions.start"), steps], "positions.index")
+        return g.node("Add", [x, g.node("Gather", ["positions.weight", index], "positions")], "embedding.positioned")
+
+    def _product(self, layer: int, role: str, x: str) -> tuple[str, str]:
+        """The product's output without its bias, and the bias's name ("" where it has none)."""
+        g, d = self.graph, self.decoder
+        name = f"layers.{layer}.{role}"
+        precision, shape = precision_of(self.recipe, name), d.shape(role)
+        self._tap(name, x, shape[1])
+        y = multiply(g, name, x, load(g, name, precision, shape, d.parts(role)), precision, shape)
+        return y, g.stored(f"{name}.bias")
+
+    def _tap(self, product: str, x: str, size: int) -> None:
+        if self.taps:
+            self.taps(self.graph, product, x, size)
+
+    def _add_bias(self, y: str, bias: str) -> str:
+        return self.graph.node("Add", [y, bias], f"{y}.biased") if bias else y
+
+    def _norm(self, x: str, name: str, weights: str = "") -> str:
+        """x normed, as value `name`; the constants are called `weights`, if not the same."""
+        weight, *bias = self._norm_constants(weights or name)
+        op = "LayerNormalization" if bias else "SimplifiedLayerNormalization"
+        return self.graph.node(op, [x, weight, *bias], name, axis=-1, epsilon=self.decoder.epsilon)
+
+    def _add_norm(self, residual: str, x: str, x_bias: str, name: str) -> tuple[str, str]:
+        """residual + x + its bias, normed and as it is."""
+        weight, *bias = self._norm_constants(name)
+        op = "SkipLayerNormalization" if bias else "SkipSimplifiedLayerNormalization"
+        inputs = [residual, x, weight, *bias, *([x_bias] if x_bias else [])]
+        outputs = [name, "", "", f"{name}.residual"]
+        self.graph.nodes(op, inputs, outputs, domain=MICROSOFT, epsilon=self.decoder.epsilon)
+        return outputs[0], outputs[3]
+
+    def _norm_constants(self, name: str) -> list[str]:
+        return [f"{name}.weight", *filter(None, [self.graph.stored(f"{name}.bias")])]
+
+    def _attend(self, layer: int, qkv: str) -> str:
+        """[batch, sequence, (heads + 2 kv_heads) head_size] -> [batch, sequence, heads * head_size]."""
+        g, d = self.graph, self.decoder
+        caches = []
+        for kind in ("key", "value"):
+            shape: list[int | str] = ["batch", d.num_kv_heads, "capacity", d.head_size]
+            dtype = np.int8 if self.kv_scales else np.float32
+            caches.append(g.input(f"{kind}_cache.{layer}", dtype, shape))
+            g.output(f"{kind}_cache_out.{layer}", dtype, shape)
+        heads = self._norm_heads(layer, qkv) if d.family.q_norm else [qkv, "", ""]
+        inputs = [*heads, *caches, "seqlens_k", "total_sequence_length"]
+        attributes: dict[str, int | float | str] = {"num_heads": d.num_heads, "kv_num_heads": d.num_kv_heads}
+        if d.rope:
+            inputs += ["rope.cos", "rope.sin"]
+            attributes["do_rotary"] = 1
+        if window := d.windows[layer]:
+            attributes["local_window_size"] = window
+        if self.kv_scales:
+            inputs += [""] * (12 - len(inputs))  # k_scale and v_scale are inputs 12 and 13
+            for kind, scale in zip("kv", self.kv_scales[layer], strict=True):
+                by_channel = scale.size > 1
+                shape_of_scale = (1, d.num_kv_heads, 1, d.head_size) if by_channel else (1,)
+                inputs.append(g.constant(f"layers.{layer}.{kind}_scale", scale.reshape(shape_of_scale)))
+                attributes[f"{kind}_quant_type"] = "PER_CHANNEL" if by_channel else "PER_TENSOR"
+            attributes["kv_cache_bit_width"] = 8
+        outputs = [f"layers.{layer}.attention", f"key_cache_out.{layer}", f"value_cache_out.{layer}"]
+        return g.nodes("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, **attributes)[0]
+
+    def _norm_heads(self, layer: int, qkv: str) -> list[str]:
+        """Split, and norm each query and key head; the attention operator's own norm is refused on the CPU."""
+        g, d = self.graph, self.decoder
+        widths = np.array([d.num_heads, d.num_kv_heads, d.num_kv_heads], np.int64) * d.head_size
+        q, k, v = g.nodes(
+            "Split", [qkv, g.shared("heads.widths", widths)], [f"layers.{layer}.{x}" for x in "qkv"], axis=-1
+        )
+        apart = g.shared("heads.apart", np.array([0, 0, -1, d.head_size], np.int64))
+        joined = g.shared("heads.joined", np.array([0, 0, -1], np.int64))
+        normed = []
+        for x in (q, k):
+            heads = g.node("Reshape", [x, apart], f"{x}.heads")
+            heads = self._norm(heads, f"{x}.normed", f"{x}_norm")
+            normed.append(g.node("Reshape", [heads, joined], f"{x}.joined"))
+        return [*normed, v]
+
+    def _mlp(self, layer: int, x: str) -> tuple[str, str]:
+        g, d = self.graph, self.decoder
+        up, bias = self._product(layer, d.up, x)
+        op, attributes = ACTIVATIONS[d.activation]
+        up = self._add_bias(up, bias)
+        if d.family.gated:
+            gate, up = g.nodes("Split", [up], [f"layers.{layer}.{x}" for x in ("gate", "up")], axis=-1, num_outputs=2)
+            gate = g.node(op, [gate], f"layers.{layer}.activation", domain=MICROSOFT, **attributes)
+            inner = g.node("Mul", [gate, up], f"layers.{layer}.inner")
+        else:
+            inner = g.node(op, [up], f"layers.{layer}.inner", domain=MICROSOFT, **attributes)
+        return self._product(layer, "down", inner)
+
+    def _head(self, normed: str, operand: Operand) -> None:
+        g, d = self.graph, self.decoder
+        rows = g.constant("hidden.shape", np.array([-1, d.hidden_size], np.int64))
+        flat = g.node("Reshape", [normed, rows], "hidden.flat")  # [batch * sequence, hidden]
+        hidden = g.node("Gather", [flat, "logits_rows"], "hidden")
+        self._tap("head", hidden, d.hidden_size)
+        precision = precision_of(self.recipe, "head")
+        if d.tied and precision == FLOAT:  # the embedding's [vocab, hidden], stored once
+            g.node("Gemm", [hidden, "head.weight"], "logits", transB=1)
+        else:
+            multiply(g, "head", hidden, operand, precision, d.shape("head"), output="logits")
