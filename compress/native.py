@@ -60,7 +60,7 @@ class NativeGraph:
         g.input("temperature", np.float32, ["rows"])
         g.input("cache", np.uint8, ["blocks", d.num_layers, d.num_kv_heads, cache_block_bytes(d.head_size)])
         g.output("logits", np.float32, ["rows", d.vocab_size])
-        g.output("candidates", np.int32, ["rows", min(CANDIDATES, d.vocab_size)])
+        g.output("candidates", np.int32, ["rows", CANDIDATES])
         g.output("total", np.float32, ["rows"])
         g.output("hidden", np.float32, ["hidden_rows", d.hidden_size])
         x = self._embed()
