@@ -55,12 +55,12 @@ def measure(engine: Steps, load: Load, source: random.Random) -> dict[str, float
         raise RuntimeError(f"at {load} a request had its {most} tokens before the last began; give a larger output_len")
     wanted = sum(before) + load.output_len * load.concurrency
     started = time.perf_counter()
-    while sum(after := engine.step()) < wanted and max(after) < most:
+    while sum(now := engine.step()) < wanted and max(now) < most:
         pass
-    seconds = time.perf_counter() - started
-    while min(engine.step()) < most:
-        pass
+    seconds, decoded = time.perf_counter() - started, sum(now) - sum(before)
+    while min(now) < most:
+        now = engine.step()
     return {
-        "output_throughput": (sum(after) - sum(before)) / seconds,
+        "output_throughput": decoded / seconds,
         "prefill_throughput": load.concurrency * load.input_len / prefill_seconds,
     }

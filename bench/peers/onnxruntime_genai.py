@@ -35,7 +35,8 @@ class OnnxruntimeGenai:
     def weight_bytes(self) -> int:
         """Without the embedding, which the builder leaves in float32: of that a token reads one row."""
         c = json.loads((base_model() / "config.json").read_text())
-        return (self.model / "model.onnx.data").stat().st_size - 4 * c["vocab_size"] * c["hidden_size"]
+        embedding_bytes = 4 * int(c["vocab_size"]) * int(c["hidden_size"])
+        return (self.model / "model.onnx.data").stat().st_size - embedding_bytes
 
     def server(self, loads: list[Load]) -> None:
         return None
