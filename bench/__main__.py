@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="our artifact; without it only the peers are measured")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="what to compare with, baseline first")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: %(default)s)")
-    parser.add_argument("--input-len", type=int, nargs="+", default=[128, 512], help="prompt (default: %(default)s)")
+    parser.add_argument("--input-len", type=int, nargs="+", default=[130], help="prompt tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts (default: %(default)s)")
     parser.add_argument(
@@ -50,11 +50,15 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def measure_engines(systems: list[System], loads: list[Load], rounds: int) -> Iterator[Row]:
+def measure_engines(systems: list[System], loads: list[Load], rounds: int, failures: list[str]) -> Iterator[Row]:
     for _ in range(rounds):
         for system in systems:
-            yield from system.engine_rows(loads)
-            note(f"engine of {system.name}: done")
+            try:
+                yield from system.engine_rows(loads)
+                note(f"engine of {system.name}: done")
+            except PeerError as error:  # the others' figures are worth keeping
+                failures.append(f"{system.name}: {error}")
+                note(failures[-1])
 
 
 def measure_servers(servers: list[Server], loads: list[Load], rounds: int) -> Iterator[Row]:
@@ -96,12 +100,14 @@ def add_engine_shares(rows: list[Row]) -> None:
 
 def main() -> int:
     args = parse()
-    document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:]}
+    failures: list[str] = []
+    document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:], "failures": failures}
     systems: list[System] = [PEERS[name]() for name in args.peers]
     if args.model is not None:
         systems.append(Pawl(args.model))
     for system in systems:
         system.prepare()
+    document["systems"] = {system.name: system.version for system in systems}
     loads = [Load(n, args.output_len, c) for n in args.input_len for c in args.concurrency]
     bandwidth = read_bandwidth()
     document["read_bandwidth_bytes_per_second"] = bandwidth
@@ -110,7 +116,7 @@ def main() -> int:
     started = time.monotonic()
     rows: list[Row] = []
     if "engine" in args.parts:
-        rows += measure_engines(systems, loads, args.rounds)
+        rows += measure_engines(systems, loads, args.rounds, failures)
     if "http" in args.parts:
         servers = [server for system in systems if (server := system.server(loads))]
         with contextlib.ExitStack() as stack:
@@ -143,7 +149,7 @@ def main() -> int:
         whole = document | {"rounds": [row.document() for row in rows]}
         args.out.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(document))
-    return 0
+    return 1 if failures else 0
 
 
 def note(text: str) -> None:

@@ -25,6 +25,7 @@ class Pawl:
     def __init__(self, model: Path) -> None:
         self.model = model
         self.manifest = load_manifest(model)  # a broken artifact is an error here, not after the peers' runs
+        self.version = f"{self.manifest.name} {self.manifest.digest[:12]}"
 
     def prepare(self) -> None:
         """It was made before."""

@@ -15,6 +15,10 @@ class System(Protocol):
     def name(self) -> str:
         """As the table shows it."""
 
+    @property
+    def version(self) -> str:
+        """What was measured, exactly."""
+
     def prepare(self) -> None:
         """Make what is not there yet; the second time that is nothing."""
 

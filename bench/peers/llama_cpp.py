@@ -51,6 +51,8 @@ def tool(name: str) -> Path:
 class LlamaCpp:
     """One quantization of the weights, by llama.cpp's own tool and without an importance matrix."""
 
+    version = VERSION
+
     def __init__(self, quantization: str) -> None:
         self.quantization = quantization
         self.name = f"llama.cpp {quantization}"

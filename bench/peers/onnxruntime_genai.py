@@ -18,6 +18,7 @@ ACCURACY = "accuracy_level=4"  # integer products, the fast ones
 
 class OnnxruntimeGenai:
     name = "ort-genai int8"
+    version = VERSION
 
     def __init__(self) -> None:
         self.environment = Environment("onnxruntime_genai", VERSION)

@@ -16,6 +16,7 @@ PRECISION = "f32"  # of the arithmetic; LOG.md has the alternative
 
 class OpenVinoGenai:
     name = "OpenVINO GenAI int8"
+    version = VERSION
 
     def __init__(self) -> None:
         self.environment = Environment("openvino_genai", VERSION)

