@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.exchange = Exchange(0.0)
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -89,17 +89,17 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.exchange.complete = error is None
-        self._closed.set_result(None)
+        self._closed.set()
 
     @property
     def closed(self) -> bool:
-        return self._closed.done()
+        return self._closed.is_set()
 
     def close(self) -> None:
         self._transport.close()
 
     async def ended(self) -> None:
-        await self._closed
+        await self._closed.wait()
 
 
 async def exchange(host: str, port: int, request: bytes) -> Exchange:

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from bench import interference
 from bench.connection import Exchange
 from bench.interference import Phases, drive, score
 from bench.load import HOST, request_bytes
@@ -35,8 +36,10 @@ def test_a_gap_belongs_to_the_phase_that_it_touches() -> None:
     assert figures["median_itl_ms_ratio"] == pytest.approx(3)
 
 
-def test_long_prompts_show_in_the_streams() -> None:
+def test_long_prompts_show_in_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interference, "INTERVAL_SECONDS", 0.4)
     blocked = asyncio.Event()
+    answered: list[int] = []
     open_connections: set[asyncio.StreamWriter] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -49,8 +52,10 @@ def test_long_prompts_show_in_the_streams() -> None:
             blocked.set()
             await asyncio.sleep(BLOCK_SECONDS)
             blocked.clear()
-            writer.write(EVENT + USAGE)
-            writer.close()
+            answered.append(len(body["prompt"]))
+            if len(answered) == 1:  # the second is left without an answer
+                writer.write(EVENT + USAGE)
+                writer.close()
         while not writer.is_closing():
             writer.write(EVENT)
             await asyncio.sleep(3 * TOKEN_SECONDS if blocked.is_set() else TOKEN_SECONDS)
@@ -61,12 +66,13 @@ def test_long_prompts_show_in_the_streams() -> None:
         async with server:
             port = server.sockets[0].getsockname()[1]
             requests = [request_bytes(Load(8, 1000, 2), "m", random.Random(n)) for n in range(2)]
-            figures = await drive(port, "m", requests, Load(40, 1, 1), 0.5)
+            figures = await drive(port, "m", requests, Load(40, 1, 1), 1.0)
             while open_connections:  # until the server has noticed that they were closed
                 await asyncio.sleep(TOKEN_SECONDS)
             return figures
 
     figures = asyncio.run(run())
     assert (figures["streams"], figures["streams_ended_early"]) == (2, 0)
-    assert (figures["long_prompts_sent"], figures["long_prompts_answered"], figures["errors"]) == (1, 1, [])
+    assert (figures["long_prompts_answered"], figures["errors"]) == (1, [])
+    assert figures["long_prompts_sent"] > 1  # type: ignore[operator]
     assert figures["noisy"]["p99_itl_ms"] >= 3e3 * TOKEN_SECONDS  # type: ignore[index]
