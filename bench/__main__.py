@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.bandwidth import read_bandwidth
 from bench.load import run_load
-from bench.machine import describe
+from bench.machine import describe, without_folders
 from bench.pawl import Pawl
 from bench.peers.environment import PeerError
 from bench.peers.roster import PEERS
@@ -59,6 +59,20 @@ def measure_engines(systems: list[System], loads: list[Load], rounds: int, failu
             except PeerError as error:  # the others' figures are worth keeping
                 failures.append(f"{system.name}: {error}")
                 note(failures[-1])
+
+
+def start(servers: list[Server], stack: contextlib.ExitStack, failures: list[str]) -> Iterator[Server]:
+    """Those that answer, frozen; `stack` ends them."""
+    for server in servers:
+        try:
+            stack.enter_context(server)
+        except ServerError as error:
+            failures.append(str(error))
+            note(failures[-1])
+            continue
+        server.freeze()
+        note(f"{server.name}: first answer after {server.startup_seconds:.2f} s")
+        yield server
 
 
 def measure_servers(servers: list[Server], loads: list[Load], rounds: int) -> Iterator[Row]:
@@ -118,12 +132,9 @@ def main() -> int:
     if "engine" in args.parts:
         rows += measure_engines(systems, loads, args.rounds, failures)
     if "http" in args.parts:
-        servers = [server for system in systems if (server := system.server(loads))]
+        candidates = [server for system in systems if (server := system.server(loads))]
         with contextlib.ExitStack() as stack:
-            for server in servers:
-                stack.enter_context(server)
-                server.freeze()
-                note(f"{server.name}: first answer after {server.startup_seconds:.2f} s")
+            servers = list(start(candidates, stack, failures))
             for row in measure_servers(servers, loads, args.rounds):
                 rows.append(row)
                 note(f"{row.system} {row.load}: {row.output_throughput:.0f} tok/s, {row.figures['failed']} failed")
@@ -131,8 +142,7 @@ def main() -> int:
                 server.name: {
                     "startup_seconds": server.startup_seconds,
                     "peak_bytes": server.peak_bytes(),
-                    # names only: where things lie on this machine is nobody's business
-                    "command": [Path(part).name if part.startswith("/") else part for part in server.arguments],
+                    "command": server.arguments,
                 }
                 for server in servers
             }
@@ -147,8 +157,8 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         whole = document | {"rounds": [row.document() for row in rows]}
-        args.out.write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(document))
+        args.out.write_text(without_folders(json.dumps(whole, indent=1)) + "\n")
+    print(without_folders(json.dumps(document)))
     return 1 if failures else 0
 
 

@@ -23,7 +23,7 @@ import uvloop
 
 from bench.connection import BadAnswer, Connection, Exchange, exchange
 from bench.load import HOST, request_bytes
-from bench.machine import describe
+from bench.machine import describe, without_folders
 from bench.pawl import Pawl
 from bench.peers.environment import PeerError
 from bench.peers.roster import PEERS
@@ -162,7 +162,7 @@ def main() -> None:
             print(json.dumps(document["results"][-1]), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        args.out.write_text(without_folders(json.dumps(document, indent=1)) + "\n")
 
 
 if __name__ == "__main__":
