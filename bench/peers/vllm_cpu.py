@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from bench.load import HOST
 from bench.peers.environment import Environment, base_model
 from bench.peers.loop_process import Options, rows
 from bench.row import Load, Row
@@ -38,14 +39,17 @@ class VllmCpu:
         def command(port: int, scratch: Path) -> list[str]:
             options = {
                 "model": base_model(),
+                "served-model-name": "base",
                 "dtype": DTYPE,
                 "max-model-len": context,
                 "max-num-seqs": slots,
+                "host": HOST,
                 "port": port,
             }
             given = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
             variables = [f"{key}={value}" for key, value in self.variables(slots * context).items()]
-            program = [str(self.environment.python), "-m", "vllm.entrypoints.openai.api_server"]
+            # the `vllm` command looks for a package of that name, and this build has another
+            program = [str(self.environment.python), "-m", "vllm.entrypoints.launchers.api_server.entry"]
             return ["/usr/bin/env", *variables, *program, *given, "--disable-log-stats"]
 
         return Server(self.name, command)
