@@ -4,6 +4,7 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 50051
 MODEL ?= models/smollm2-135m-w8a8
 NAME ?= latest
+PEERS ?= llama_cpp
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -27,8 +28,8 @@ test-system: .venv/dev.stamp ## the tests that need Chromium, Prometheus or stra
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system
 
-bench: .venv/dev.stamp $(MODEL)/manifest.json ## compare with llama.cpp's server; NAME= names the file in bench/results
-	$(PY) -m bench --model $(MODEL) --peers llama_cpp --out bench/results/$(NAME).json
+bench: .venv/dev.stamp $(MODEL)/manifest.json ## compare with llama.cpp, or PEERS="..."; NAME= names the file in bench/results
+	$(PY) -m bench --model $(MODEL) --peers $(PEERS) --out bench/results/$(NAME).json
 
 lint: .venv/dev.stamp ## ruff and mypy
 	$(PY) -m ruff check .

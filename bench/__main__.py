@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from bench import pawl
 from bench.bandwidth import read_bandwidth
 from bench.load import run_load
-from bench.machine import describe
+from bench.machine import describe, without_folders
+from bench.pawl import Pawl
+from bench.peers.environment import PeerError
+from bench.peers.roster import PEERS
 from bench.row import Load, Row, median_row
 from bench.server import Server, ServerError
+from bench.system import System
 from bench.table import table
 from proto.manifest import ManifestError
 
-PEERS = ("llama_cpp",)
 MIN_REQUESTS = 8
 
 
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="our artifact; without it only the peers are measured")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="what to compare with, baseline first")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="(default: %(default)s)")
-    parser.add_argument("--input-len", type=int, nargs="+", default=[128, 512], help="prompt (default: %(default)s)")
+    parser.add_argument("--input-len", type=int, nargs="+", default=[130], help="prompt tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts (default: %(default)s)")
     parser.add_argument(
@@ -49,12 +50,29 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def measure_engines(peers: list[ModuleType], model: Path | None, loads: list[Load], rounds: int) -> Iterator[list[Row]]:
+def measure_engines(systems: list[System], loads: list[Load], rounds: int, failures: list[str]) -> Iterator[Row]:
     for _ in range(rounds):
-        for peer in peers:
-            yield peer.engine_rows(loads)
-        if model is not None:
-            yield pawl.engine_rows(model, loads)
+        for system in systems:
+            try:
+                yield from system.engine_rows(loads)
+                note(f"engine of {system.name}: done")
+            except PeerError as error:  # the others' figures are worth keeping
+                failures.append(f"{system.name}: {error}")
+                note(failures[-1])
+
+
+def start(servers: list[Server], stack: contextlib.ExitStack, failures: list[str]) -> Iterator[Server]:
+    """Those that answer, frozen; `stack` ends them."""
+    for server in servers:
+        try:
+            stack.enter_context(server)
+        except ServerError as error:
+            failures.append(str(error))
+            note(failures[-1])
+            continue
+        server.freeze()
+        note(f"{server.name}: first answer after {server.startup_seconds:.2f} s")
+        yield server
 
 
 def measure_servers(servers: list[Server], loads: list[Load], rounds: int) -> Iterator[Row]:
@@ -75,42 +93,48 @@ def medians(rows: list[Row]) -> list[Row]:
     return [median_row(group) for group in groups.values()]
 
 
-def limits(rows: list[Row], servers: list[Server], bandwidth: float) -> dict[str, Any]:
+def limits(rows: list[Row], weight_bytes: dict[str, int], bandwidth: float) -> dict[str, Any]:
     """Per system: the most tokens per second that memory allows one stream, and the share of it that was reached."""
     found: dict[str, Any] = {}
-    for server in servers:
-        limit = bandwidth / server.weight_bytes
-        ours = [row for row in rows if row.system == server.name and row.load.concurrency == 1]
-        shares = {f"{row.part}_{row.load.input_len}_share": row.output_throughput / limit for row in ours}
-        found[server.name] = {"weight_bytes": server.weight_bytes, "limit_tokens_per_second": limit, **shares}
+    for name, size in weight_bytes.items():
+        limit = bandwidth / size
+        alone = [row for row in rows if row.system == name and row.load.concurrency == 1]
+        shares = {f"{row.part}_{row.load.input_len}_share": row.output_throughput / limit for row in alone}
+        found[name] = {"weight_bytes": size, "limit_tokens_per_second": limit, **shares}
     return found
+
+
+def add_engine_shares(rows: list[Row]) -> None:
+    """To HTTP rows: their share of the same closed loop without a server, where the engine part measured that."""
+    bare = {(row.system, row.load): row.figures.get("closed_loop_throughput") for row in rows if row.part == "engine"}
+    for row in rows:
+        if row.part == "http" and (most := bare.get((row.system, row.load))):
+            row.figures["engine_share"] = row.output_throughput / most
 
 
 def main() -> int:
     args = parse()
-    document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:]}
-    peers = [importlib.import_module(f"bench.peers.{name}") for name in args.peers]
-    for peer in peers:
-        peer.prepare()
+    failures: list[str] = []
+    document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:], "failures": failures}
+    systems: list[System] = [PEERS[name]() for name in args.peers]
+    if args.model is not None:
+        systems.append(Pawl(args.model))
+    for system in systems:
+        system.prepare()
+    document["systems"] = {system.name: system.version for system in systems}
     loads = [Load(n, args.output_len, c) for n in args.input_len for c in args.concurrency]
     bandwidth = read_bandwidth()
     document["read_bandwidth_bytes_per_second"] = bandwidth
     note(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
 
-    servers = [peer.server(loads) for peer in peers]
-    if args.model is not None:
-        servers.append(pawl.server(args.model, loads))
+    started = time.monotonic()
     rows: list[Row] = []
     if "engine" in args.parts:
-        for found in measure_engines(peers, args.model, loads, args.rounds):
-            rows += found
-            note(f"engine of {found[0].system}: done" if found else "no bench.engine: our engine alone is left out")
+        rows += measure_engines(systems, loads, args.rounds, failures)
     if "http" in args.parts:
+        candidates = [server for system in systems if (server := system.server(loads))]
         with contextlib.ExitStack() as stack:
-            for server in servers:
-                stack.enter_context(server)
-                server.freeze()
-                note(f"{server.name}: first answer after {server.startup_seconds:.2f} s")
+            servers = list(start(candidates, stack, failures))
             for row in measure_servers(servers, loads, args.rounds):
                 rows.append(row)
                 note(f"{row.system} {row.load}: {row.output_throughput:.0f} tok/s, {row.figures['failed']} failed")
@@ -118,23 +142,24 @@ def main() -> int:
                 server.name: {
                     "startup_seconds": server.startup_seconds,
                     "peak_bytes": server.peak_bytes(),
-                    # names only: where things lie on this machine is nobody's business
-                    "command": [Path(part).name if part.startswith("/") else part for part in server.arguments],
+                    "command": server.arguments,
                 }
                 for server in servers
             }
+    document["seconds"] = round(time.monotonic() - started)
     summary = medians(rows)
-    document["limits"] = limits(summary, servers, bandwidth)
+    add_engine_shares(summary)
+    document["limits"] = limits(summary, {system.name: system.weight_bytes() for system in systems}, bandwidth)
     document["results"] = [row.document() for row in summary]
-    print(table(summary, servers[0].name))
+    print(table(summary, systems[0].name))
     for name, share in document["limits"].items():
         print(f"{name}: {json.dumps(share)}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         whole = document | {"rounds": [row.document() for row in rows]}
-        args.out.write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(document))
-    return 0
+        args.out.write_text(without_folders(json.dumps(whole, indent=1)) + "\n")
+    print(without_folders(json.dumps(document)))
+    return 1 if failures else 0
 
 
 def note(text: str) -> None:
@@ -145,5 +170,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended too
     try:
         sys.exit(main())
-    except (ManifestError, ServerError) as error:
+    except (ManifestError, PeerError, ServerError) as error:
         sys.exit(f"bench: {error}")

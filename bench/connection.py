@@ -26,11 +26,11 @@ class Exchange:
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     complete: bool = False
 
-    def events(self) -> Iterator[tuple[float, bytes]]:
-        """(arrival, data) of each server-sent event. Raises BadAnswer."""
-        whole = b"".join(piece for _, piece in self.pieces)
-        head, _, body = whole.partition(END_OF_HEAD)
-        if not self.complete or not head.startswith(b"HTTP/1.1 200"):
+    def events(self, *, whole: bool = True) -> Iterator[tuple[float, bytes]]:
+        """(arrival, data) of each server-sent event. Raises BadAnswer, for a missing end only if `whole`."""
+        content = b"".join(piece for _, piece in self.pieces)
+        head, _, body = content.partition(END_OF_HEAD)
+        if (whole and not self.complete) or not head.startswith(b"HTTP/1.1 200"):
             status = head.split(b"\r\n")[0].decode("latin-1") or "no answer"
             raise BadAnswer(
                 f"{status}: {body[:200].decode(errors='replace')}" if self.complete else f"cut off: {status}"
@@ -39,26 +39,28 @@ class Exchange:
         position, arrivals = len(head) + len(END_OF_HEAD), self._arrivals()
         end, arrival = next(arrivals)
         pending = b""
-        while position < len(whole):
+        while position < len(content):
             if chunked:
-                line = whole.find(b"\r\n", position)
-                size = int(whole[position:line], 16)
-                text, position = whole[line + 2 : line + 2 + size], line + 2 + size + 2
+                line = content.find(b"\r\n", position)
+                size = int(content[position:line], 16) if line >= 0 else len(content)
+                text, position = content[line + 2 : line + 2 + size], line + 2 + size + 2
                 if not size:
                     return
-                if position > len(whole):
-                    raise BadAnswer("cut off within a chunk")
+                if position > len(content):
+                    if whole:
+                        raise BadAnswer("cut off within a chunk")
+                    return
             else:
-                line = whole.find(b"\n\n", position)
-                line = len(whole) if line < 0 else line + 2
-                text, position = whole[position:line], line
-            while end < min(position, len(whole)) - 2 * chunked:  # the piece that holds the text's last byte
+                line = content.find(b"\n\n", position)
+                line = len(content) if line < 0 else line + 2
+                text, position = content[position:line], line
+            while end < min(position, len(content)) - 2 * chunked:  # the piece that holds the text's last byte
                 end, arrival = next(arrivals)
             *events, pending = (pending + text).split(b"\n\n")
             for event in events:
                 if event.startswith(b"data: "):
                     yield arrival, event.removeprefix(b"data: ")
-        if chunked:
+        if chunked and whole:
             raise BadAnswer("cut off between chunks")
 
     def _arrivals(self) -> Iterator[tuple[int, float]]:
@@ -77,17 +79,27 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.exchange = Exchange(0.0)
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self.exchange.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.exchange.complete = error is None
-        self._closed.set_result(None)
+        self._closed.set()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        self._transport.close()
 
     async def ended(self) -> None:
-        await self._closed
+        await self._closed.wait()
 
 
 async def exchange(host: str, port: int, request: bytes) -> Exchange:
@@ -98,6 +110,8 @@ async def exchange(host: str, port: int, request: bytes) -> Exchange:
         return Exchange(time.perf_counter())
     connection.exchange.sent = time.perf_counter()
     transport.write(request)
-    await connection.ended()
-    transport.close()
+    try:
+        await connection.ended()
+    finally:
+        transport.close()
     return connection.exchange

@@ -1,18 +1,20 @@
-"""Our engine alone: scheduler, runner and sampler in this process, no server. See `bench.pawl` for what it prints.
+"""Our engine alone: scheduler, runner and sampler in this process, no server. Prints a JSON list with
+an object per load.
 
-Per load: prefill (all prompts, none decoding), decoding (all slots busy, no prefill), and the same closed loop that
-the HTTP clients make, each finished request being followed by the next: what a server in front can at most keep.
+Per load: what `bench.loop` measures of every engine, and the same closed loop that the HTTP clients make, each finished
+request being followed by the next: what a server in front can at most keep.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import time
 from pathlib import Path
 
-import numpy as np
-
+from bench.loop import measure, most_tokens, prompts
 from bench.row import Load
 from proto.manifest import Manifest, load
 from serve.choices import Choices
@@ -42,6 +44,29 @@ def discard(batch: list[tuple[Channel, Chunk]]) -> None:
     """Nobody listens."""
 
 
+def request(prompt: list[int], max_tokens: int) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return Request(id="bench", prompt=prompt, params=params, channel=Sink())
+
+
+class Driven:
+    """Our engine as `bench.loop` wants it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.requests: list[Request] = []
+
+    def submit(self, prompts: list[list[int]], max_tokens: int) -> None:
+        self.requests = [request(prompt, max_tokens) for prompt in prompts]
+        self.engine.submit(*self.requests)
+
+    def step(self) -> list[int]:
+        self.engine.step()
+        if any(request.finish_reason == "error" for request in self.requests):
+            raise RuntimeError("a request failed in the engine; its log says why")
+        return [len(request.output) for request in self.requests]
+
+
 class Bench:
     """One session; an engine per load, with as many slots as clients."""
 
@@ -51,11 +76,12 @@ class Bench:
         self.threads, why = cpu_quota()
         self.session = open_session(model, self.threads)
         self.tokenizer = Tokenizer(model)
-        self.random = np.random.default_rng(0)
+        self.random = random.Random(0)
         self.why = why
 
     def engine(self, load: Load) -> Engine:
-        slots, capacity, chunk = load.concurrency, load.input_len + load.output_len, self.settings.prefill_chunk
+        slots, chunk = load.concurrency, self.settings.prefill_chunk
+        capacity = load.input_len + most_tokens(load)
         architecture = self.manifest.architecture
         runner = StockRunner(self.session, architecture, num_slots=slots, capacity=capacity, max_rows=chunk)
         return Engine(
@@ -68,53 +94,21 @@ class Bench:
             discard,
             eos_token_ids=tuple(architecture.eos_token_ids),
             vocab_size=architecture.vocab_size,
-            request_timeout_seconds=self.settings.request_timeout_seconds,
+            request_timeout_seconds=math.inf,
         )
 
-    def request(self, load: Load) -> Request:
-        prompt = self.random.integers(100, self.manifest.architecture.vocab_size - 100, load.input_len).tolist()
-        params = SamplingParams(max_tokens=load.output_len, temperature=0, ignore_eos=True)
-        return Request(id="bench", prompt=prompt, params=params, channel=Sink())
-
     def measure(self, load: Load) -> dict[str, float]:
-        engine = self.engine(load)
-        runner_started = time.perf_counter()
-        for _ in range(load.concurrency):  # one by one: nothing decodes meanwhile
-            self._prefill_only(engine, load)
-        prefill_seconds = time.perf_counter() - runner_started
-        return {
-            "output_throughput": self._decode(load),
-            "prefill_throughput": load.concurrency * load.input_len / prefill_seconds,
-            "closed_loop_throughput": self._closed_loop(load),
-        }
-
-    def _prefill_only(self, engine: Engine, load: Load) -> None:
-        request = self.request(Load(load.input_len, 1, 1))
-        engine.submit(request)
-        while not engine.idle:
-            engine.step()
-
-    def _decode(self, load: Load) -> float:
-        """Tokens per second of steps in which every slot decodes."""
-        engine = self.engine(load)
-        requests = [self.request(load) for _ in range(load.concurrency)]
-        engine.submit(*requests)
-        while any(request.prefilling for request in requests):
-            engine.step()
-        before, started = sum(len(request.output) for request in requests), time.perf_counter()
-        while all(request.finish_reason is None for request in requests):
-            engine.step()
-        seconds = time.perf_counter() - started
-        return (sum(len(request.output) for request in requests) - before) / seconds
+        figures = measure(Driven(self.engine(load)), load, self.random)
+        return figures | {"closed_loop_throughput": self._closed_loop(load)}
 
     def _closed_loop(self, load: Load) -> float:
         engine = self.engine(load)
-        requests = [self.request(load) for _ in range(ROUNDS_PER_CLIENT * load.concurrency)]
+        asked = [prompt for _ in range(ROUNDS_PER_CLIENT) for prompt in prompts(load, self.random)]
         started = time.perf_counter()
-        engine.submit(*requests)  # those without a slot wait: a freed slot is taken at once
+        engine.submit(*(request(prompt, load.output_len) for prompt in asked))  # a freed slot is taken at once
         while not engine.idle:
             engine.step()
-        return len(requests) * load.output_len / (time.perf_counter() - started)
+        return len(asked) * load.output_len / (time.perf_counter() - started)
 
 
 def main() -> None:

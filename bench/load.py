@@ -18,11 +18,11 @@ from typing import Any
 import uvloop
 
 from bench.connection import Exchange, exchange
+from bench.loop import TOKEN_IDS
 from bench.row import Load
 from bench.score import score
 
 HOST = "127.0.0.1"
-TOKEN_IDS = range(1000, 40000)  # ordinary tokens of any vocabulary we meet; specials lie at the ends
 WARM_UP_TOKENS = 8
 
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from serve.machine import cpu_quota
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "aiohttp", "uvloop")
+FOLDERS = re.compile(r"""(?<![\w.])/([^\s/:=,'"]+/)+""")
 
 
 def describe() -> dict[str, Any]:
@@ -37,6 +39,11 @@ def describe() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
     }
+
+
+def without_folders(text: str) -> str:
+    """The names of files only: where things lie on this machine is nobody's business."""
+    return FOLDERS.sub("", text)
 
 
 def _git(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Self
 from bench.load import HOST, request_bytes
 from bench.row import Load
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # vLLM compiles
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.02
 
@@ -35,12 +36,11 @@ def free_port() -> int:
 
 
 class Server:
-    """`command` gives the arguments for a port and a folder for scratch files. `weight_bytes`: read for each token."""
+    """`command` gives the arguments for a port and a folder for scratch files."""
 
-    def __init__(self, name: str, command: Callable[[int, Path], list[str]], weight_bytes: int) -> None:
+    def __init__(self, name: str, command: Callable[[int, Path], list[str]]) -> None:
         self.name = name
         self.command = command
-        self.weight_bytes = weight_bytes
         self.port = 0
         self.model = ""
         self.startup_seconds = 0.0  # from the command to the first answered request
@@ -74,6 +74,8 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # whatever it started and left behind
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._scratch.cleanup()
 
     def freeze(self) -> None:
@@ -84,9 +86,14 @@ class Server:
         os.killpg(self._process.pid, signal.SIGCONT)
 
     def peak_bytes(self) -> int:
-        """The most memory it ever had resident."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        """The most memory that its processes ever had resident, added up."""
+        total = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, StopIteration):  # ended meanwhile, or a thread of the kernel
+                if os.getsid(int(folder.name)) == self._process.pid:
+                    lines = (folder / "status").read_text().splitlines()
+                    total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return total
 
     def _wait(self, deadline: float) -> None:
         while time.monotonic() < deadline:

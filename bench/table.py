@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from bench.row import Load, Row
 
-HEAD = ("part", "prompt", "at once", "system", "tok/s", "x peer", "prefill", "TTFT ms", "TPOT ms", "p99 ITL", "failed")
+HEAD = (
+    *("part", "prompt", "at once", "system", "tok/s", "x peer", "of engine", "prefill"),
+    *("TTFT ms", "p99 TTFT", "TPOT ms", "p99 ITL", "failed"),
+)
 
 
 def table(rows: list[Row], baseline: str) -> str:
@@ -27,8 +30,10 @@ def table(rows: list[Row], baseline: str) -> str:
                 row.system,
                 f"{row.output_throughput:.0f}",
                 f"{row.output_throughput / peer:.2f}" if peer else "",
+                _number(get("engine_share"), 2),
                 _number(get("prefill_throughput"), 0),
                 _number(get("median_ttft_ms"), 0),
+                _number(get("p99_ttft_ms"), 0),
                 _number(get("median_tpot_ms"), 1),
                 _number(get("p99_itl_ms"), 1),
                 _number(get("failed"), 0),

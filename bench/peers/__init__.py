@@ -1,1 +1,1 @@
-"""One module per peer: `prepare` builds it outside the repository, `server` and `engine_rows` run it at its best."""
+"""The peers: each sets itself up outside the repository and runs at its best; `roster` has them all."""
