@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.plan import Floats, Output
 from serve.request import SamplingParams, TokenLogprob
-from serve.sampler import Sampler
+from serve.sampler import Sampler, _largest
 
 VOCABULARY = 50
 random = np.random.default_rng(0)
@@ -134,7 +134,7 @@ ways = st.fixed_dictionaries(
 @given(ways, st.integers(0, 2**32), st.sampled_from([40, 64, 1500]), st.sampled_from([0.1, 1.0, 8.0]))
 @settings(deadline=None)
 def test_candidates_change_nothing_but_the_work(ways: dict[str, Any], seed: int, size: int, spread: float) -> None:
-    """Whatever the draw needs of the row: the first 64, the first 1024 or all; with many equal logits, too."""
+    """Whatever the draw needs of the row, the first 64, the first 1024 or all; with many equal logits, too."""
     rows = np.random.default_rng(seed).standard_normal((6, size)) * spread
     rows = rows.round(1).astype(np.float32)
     alone, helped = (Sampler(SamplingParams(seed=seed, **ways), [1, 2], size, (5,)) for _ in range(2))
@@ -156,3 +156,12 @@ def test_a_greedy_choice_does_not_look_at_the_row() -> None:
     unread = np.full((1, VOCABULARY), np.nan, np.float32)
     output = Output(unread, unread, [0], np.array([[9, 4]], np.int32), np.ones(1, np.float32))
     assert sampler(temperature=0).choose(output, 0, 0) == (9, None)
+
+
+special = st.sampled_from([0.0, -0.0, float("-inf"), 1e-40, -1e-40])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False) | special, min_size=1, max_size=60), st.integers(0, 60))
+def test_the_largest_come_first_and_equal_ones_by_id(values: list[float], count: int) -> None:
+    expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    assert _largest(np.array(values, np.float32), count).tolist() == expected
