@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.prompt_lookup import SIZES, PromptLookup
@@ -20,6 +20,7 @@ def search(text: list[int], most: int) -> list[int]:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=6), st.integers(1, 8))
+@settings(deadline=None)
 def test_drafts_follow_the_latest_occurrence_of_the_longest_match(parts: list[list[int]], most: int) -> None:
     lookup, text = PromptLookup(), list[int]()
     for part in parts:
