@@ -78,7 +78,7 @@ def scenes(draw: st.DrawFn) -> tuple[FakeRunner, Engine, list[Visit]]:
 
 
 @given(scenes())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_request_gets_the_tokens_that_it_gets_alone(scene: tuple[FakeRunner, Engine, list[Visit]]) -> None:
     runner, engine, visits = scene
     requests = [visit.request() for visit in visits]
