@@ -136,6 +136,25 @@ def test_a_full_pool_puts_the_last_comer_back_and_it_goes_on() -> None:
     assert all(r.last_token is not None and r.last_token > requests[0].last_token for r in requests[1:])
 
 
+def test_a_preempted_embedding_starts_again() -> None:
+    engine = make_engine(FakeRunner(6), chunk=1)
+    running = ask([1] * 20, max_tokens=150, temperature=0.5, seed=1, ignore_eos=True)
+    finish(engine, running, embedding := ask([2, 3] * 100, embed=True))
+    finish(make_engine(FakeRunner(20)), alone := ask([2, 3] * 100, embed=True))
+    assert count(engine, "vllm:num_preemptions_total") == 1
+    assert channel(embedding).chunks[-1].embedding == channel(alone).chunks[-1].embedding
+
+
+def test_drafts_take_no_place_that_is_not_there() -> None:
+    """Both reach the end of their first block, and there is one more for the two of them."""
+    prompts = [[n, 2, 3, 4, 5, 6] * 6 for n in (7, 8)]
+    tokens = [
+        finish(engine, *[ask(prompt, max_tokens=60, temperature=0, ignore_eos=True) for prompt in prompts])
+        for engine in (make_engine(FakeRunner(3, lean=20.0)), make_engine(FakeRunner(20, lean=20.0), speculate=False))
+    ]
+    assert tokens[0] == tokens[1]
+
+
 def test_a_request_that_can_never_fit_is_refused() -> None:
     engine = make_engine(FakeRunner(2))
     with pytest.raises(InvalidRequest, match=r"128 tokens and a request can have 128.*--kv-budget-mib"):
