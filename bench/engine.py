@@ -19,12 +19,10 @@ from bench.row import Load
 from proto.manifest import Manifest, load
 from serve.choices import Choices
 from serve.engine import Engine
-from serve.kv_cache import KVCache
+from serve.forms import pick
 from serve.machine import cpu_quota
 from serve.metrics import Metrics
 from serve.request import Channel, Chunk, Request, SamplingParams
-from serve.runner import StockRunner, open_session
-from serve.scheduler import Scheduler
 from serve.settings import Settings
 from serve.tokenizer import Tokenizer
 
@@ -72,25 +70,26 @@ class Bench:
 
     def __init__(self, model: Path) -> None:
         self.manifest: Manifest = load(model)
-        self.settings = Settings(model=model)
+        self.settings = Settings(model=model, speculate=False)  # random prompts are no text that repeats itself
         self.threads, why = cpu_quota()
-        self.session = open_session(model, self.threads)
+        self.form = pick(self.settings.form, self.manifest)
+        self.session = self.form.open(model, self.threads)
         self.tokenizer = Tokenizer(model)
         self.random = random.Random(0)
         self.why = why
 
     def engine(self, load: Load) -> Engine:
-        slots, chunk = load.concurrency, self.settings.prefill_chunk
-        capacity = load.input_len + most_tokens(load)
+        slots, capacity = load.concurrency, load.input_len + most_tokens(load)
         architecture = self.manifest.architecture
-        runner = StockRunner(self.session, architecture, num_slots=slots, capacity=capacity, max_rows=chunk)
+        block = self.form.block(self.manifest, capacity)
+        num_blocks = slots * -(-capacity // block.tokens)
+        choices = Choices(self.threads, self.why, capacity, slots, "clients", block, num_blocks)
+        runner, scheduler = self.form.build(self.session, self.manifest, self.settings, choices)
         return Engine(
             runner,
-            Scheduler(KVCache(slots, capacity, chunk), prefill_chunk=chunk, max_queue=self.settings.max_queue),
+            scheduler,
             self.tokenizer,
-            Metrics(
-                self.manifest, "bench", Choices(self.threads, self.why, capacity, slots, "clients", runner.kv_bytes)
-            ),
+            Metrics(self.manifest, "bench", choices),
             discard,
             eos_token_ids=tuple(architecture.eos_token_ids),
             vocab_size=architecture.vocab_size,

@@ -52,7 +52,7 @@ class Pawl:
                 "records": scratch / "records.sqlite",
             }
             given = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-            return [sys.executable, "-m", "serve", *given]
+            return [sys.executable, "-m", "serve", "--no-speculate", *given]  # random prompts repeat nothing
 
         return Server(self.name, command)
 

@@ -46,7 +46,7 @@ def judge(
         for start in range(0, len(window) - 1, CHUNK):
             end = min(start + CHUNK, len(window) - 1)
             plan = Plan()
-            plan.add(0, start, list(window[start:end]), want="all")
+            plan.add([0], start, list(window[start:end]), want="all")
             expected, found = score(reference, plan), score(candidate, plan)
             targets = np.asarray(window[start + 1 : end + 1])
             rows = np.arange(end - start)

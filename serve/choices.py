@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proto.manifest import Manifest
 from serve.machine import available_bytes, cpu_quota
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.forms import Form
 
 MIB = 1 << 20
 MAX_SLOTS = 32  # more requests at once slow each one down without more tokens in total
@@ -20,16 +24,31 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """What the KV cache is made of: so many tokens in so many bytes, for all layers, as numbers of this type."""
+
+    tokens: int
+    bytes: int
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choices:
     threads: int
     threads_why: str
     max_context: int
     num_slots: int
     slots_why: str
-    kv_bytes: int  # the cache's memory, all slots
+    block: Block
+    num_blocks: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache's memory."""
+        return self.num_blocks * self.block.bytes
 
 
-def choose(settings: Settings, manifest: Manifest) -> Choices:
+def choose(settings: Settings, manifest: Manifest, form: Form) -> Choices:
     """Fill in what the settings leave open. Raises SettingsError."""
     threads, threads_why = (settings.threads, "--threads") if settings.threads else cpu_quota()
     model_context = manifest.architecture.max_context
@@ -38,15 +57,19 @@ def choose(settings: Settings, manifest: Manifest) -> Choices:
             f"--max-context {settings.max_context} is beyond the model's {model_context} tokens; ask for less"
         )
     max_context = settings.max_context or min(model_context, MAX_CONTEXT)
-    slot_bytes = max_context * manifest.kv_bytes_per_token
+    block = form.block(manifest, max_context)
+    per_request = -(-max_context // block.tokens)  # blocks
     budget = settings.kv_budget_mib * MIB or min(available_bytes() // KV_SHARE_OF_FREE, MAX_KV_MIB * MIB)
-    fitting = budget // slot_bytes
-    num_slots = settings.slots or min(fitting, MAX_SLOTS)
-    if num_slots < 1 or num_slots > fitting:
+    fitting = budget // block.bytes
+    num_slots = settings.slots or max(1, min(fitting, MAX_SLOTS))
+    needed = per_request * (1 if form.shares else num_slots)
+    if needed > fitting:
         raise SettingsError(
-            f"{max(num_slots, 1)} slots of {max_context} tokens need {max(num_slots, 1) * slot_bytes // MIB} MiB of KV "
+            f"{needed // per_request} slots of {max_context} tokens need {needed * block.bytes // MIB} MiB of KV "
             f"cache and the budget is {budget // MIB} MiB; give a larger --kv-budget-mib, fewer --slots or a smaller "
             "--max-context"
         )
     why = "--slots" if settings.slots else "as many as the budget holds" if num_slots == fitting else "the most useful"
-    return Choices(threads, threads_why, max_context, num_slots, why, num_slots * slot_bytes)
+    return Choices(
+        threads, threads_why, max_context, num_slots, why, block, num_blocks=fitting if form.shares else needed
+    )

@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the model. `step()` is schedule, run, sample, emit.
+"""The engine: one thread that owns the model. `step()` is schedule, run, sample, emit, whatever the runner.
 
 Requests come in through `submit`, from any thread, and leave through their own channels: each step's answers are
 handed to `deliver` in one list, so that crossing to the event loop costs one wake-up per step. A closed channel is a
@@ -11,12 +11,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from serve.errors import Draining, Overloaded
+from serve.errors import Draining, InvalidRequest, Overloaded
 from serve.metrics import Metrics
 from serve.plan import Floats, Output, Runner
 from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
@@ -74,15 +74,24 @@ class Engine:
     # -- from any thread ----------------------------------------------------------------------------------------
 
     def submit(self, *requests: Request) -> None:
-        """Queue `requests`, all or none. Raises Draining or Overloaded; whatever is accepted is answered."""
+        """Queue `requests`, all or none; whatever is accepted is answered.
+
+        Raises InvalidRequest, Draining or Overloaded.
+        """
+        capacity = self.scheduler.cache.capacity
+        for request in requests:
+            if len(request.prompt) + (not request.embed) > capacity:
+                raise InvalidRequest(
+                    f"the prompt has {len(request.prompt)} tokens and a request can have {capacity}, completion "
+                    "included; shorten it, or start the server with a larger --max-context or --kv-budget-mib"
+                )
         with self._wake:
             if self._draining:
                 self.metrics.admission_rejected("draining")
                 raise Draining("the server is shutting down; send the request to another replica")
-            waiting = len(self._arrivals) + len(self.scheduler.waiting)
-            room = self.scheduler.max_queue + self.scheduler.cache.num_free
-            if waiting + len(requests) > room:
+            if len(self._arrivals) + len(requests) > self.scheduler.room:
                 self.metrics.admission_rejected("queue_full")
+                waiting = len(self._arrivals) + len(self.scheduler.waiting)
                 raise Overloaded(
                     f"{waiting} requests are waiting and the queue is limited to {self.scheduler.max_queue}; "
                     "try again shortly, or start the server with a larger --max-queue"
@@ -133,7 +142,6 @@ class Engine:
         self._accept()
         self._sweep(now)
         step = self.scheduler.schedule(now)
-        self._note_admissions(step)
         if step.requests:
             try:
                 output = self.runner.run(step.plan)
@@ -143,6 +151,7 @@ class Engine:
             else:
                 self.scheduler.advance(step)
                 self._sample(step, output)
+                self.scheduler.cost.observe(len(step.plan.tokens), time.monotonic() - now)
         self._observe(step)
         self._flush()
 
@@ -172,35 +181,51 @@ class Engine:
                 error = f"timed out after {self.request_timeout_seconds:g} s; ask for fewer tokens or try again later"
                 self._finish(request, "error", Chunk(error=error))
 
-    def _note_admissions(self, step: Step) -> None:
-        for request in step.requests:
-            if request.computed == request.cached and request.prefilling:
-                self.metrics.prefix_cache(len(request.prompt), request.cached)
-
     def _sample(self, step: Step, output: Output) -> None:
         """Turn wanted rows into tokens. Wanted positions come in the order of the segments."""
-        rows = iter(output.rows)
-        now = time.monotonic()
+        at = hidden_at = 0
         gaps: list[float] = []
+        tokens, now = step.plan.tokens, time.monotonic()
         for request, segment in zip(step.requests, step.plan.segments, strict=True):
             try:
                 if request.embed:
-                    self._embed(request, output.hidden[[next(rows) for _ in range(segment.count)]])
+                    hidden_at += segment.count
+                    self._embed(request, output.hidden[hidden_at - segment.count : hidden_at])
                     continue
-                if request.prefilling:
-                    continue
-                row = next(rows)
-                sampler = self._generations[request].sampler
-                token, chosen = sampler.choose(output.logits[row], len(request.output))
-                if request.last_token is not None:
-                    gaps.append(now - request.last_token)
-                request.first_token = request.first_token or now
-                request.last_token = now
-                self._append(request, token, chosen)
+                end = segment.start + segment.count
+                num_drafts = segment.past + segment.count - request.length
+                if num_drafts >= 0:  # else there is more of the prompt to come
+                    rows = output.rows[at : at + num_drafts + 1]
+                    at += num_drafts + 1
+                    self._extend(request, output, rows, tokens[end - num_drafts : end], now, gaps)
             except Exception as error:
                 log.exception("request %s failed", request.id)
                 self._finish(request, "error", Chunk(error=f"the request failed inside the server: {error}"))
         self.metrics.step_tokens(gaps)
+
+    def _extend(
+        self, request: Request, output: Output, rows: Sequence[int], drafts: list[int], now: float, gaps: list[float]
+    ) -> None:
+        """Choose a token from the first row, and from the next as long as the token before it is as drafted."""
+        sampler = self._generations[request].sampler
+        accepted, refused = 0, False
+        for row in rows:
+            token, chosen = sampler.choose(output, row, len(request.output))
+            if request.last_token is not None:
+                gaps.append(now - request.last_token)
+            request.first_token = request.first_token or now
+            request.last_token = now
+            self._append(request, token, chosen)
+            if accepted == len(drafts):
+                break
+            refused = token != drafts[accepted]
+            if refused or request.finish_reason is not None or request.channel.closed:
+                break
+            accepted += 1
+            request.computed += 1
+        if drafts and request.speculation is not None:
+            request.speculation.judge(accepted, refused)
+            self.metrics.speculation(len(drafts), accepted)
 
     def _append(self, request: Request, token: int, chosen: TokenLogprob | None) -> None:
         """A new token: spell it, look for a reason to stop, answer."""
@@ -214,7 +239,7 @@ class Engine:
             chunk.text, stopped = generation.stop.push(generation.text.push(token))
             if stopped:
                 reason = "stop"
-            elif len(request.output) >= request.params.max_tokens or request.length >= self.runner.capacity:
+            elif len(request.output) >= request.params.max_tokens or request.length >= self.scheduler.cache.capacity:
                 reason = "length"
         if reason is None:
             self._emit(request, chunk)
@@ -225,16 +250,16 @@ class Engine:
 
     def _embed(self, request: Request, hidden: Floats) -> None:
         """Add a chunk's hidden states, [count, hidden]; after the last one answer with their normed mean."""
-        total = hidden.sum(axis=0, dtype=np.float64)
-        request.hidden_sum = total if request.hidden_sum is None else request.hidden_sum + total
+        before = np.zeros(hidden.shape[1]) if request.hidden_sum is None else request.hidden_sum
+        request.hidden_sum = np.vstack([before, hidden]).sum(axis=0)  # row by row: the same bits for any chunks
         if not request.prefilling:
             vector = request.hidden_sum / (np.linalg.norm(request.hidden_sum) or 1.0)
             self._finish(request, "stop", Chunk(embedding=vector.tolist()))
 
     def _fail(self, step: Step) -> None:
         for request in step.requests:
-            if request.slot is not None:
-                self.scheduler.cache.forget(request.slot)
+            if request.table is not None:
+                self.scheduler.cache.forget(request.table)
             self._finish(request, "error", Chunk(error="the model failed on this batch; see the server's log"))
 
     def _finish(self, request: Request, reason: FinishReason, chunk: Chunk) -> None:
@@ -261,6 +286,10 @@ class Engine:
             self.deliver(outbox)
 
     def _observe(self, step: Step) -> None:
+        for request in step.admitted:
+            self.metrics.prefix_cache(len(request.prompt), request.cached)
+        if step.num_preempted:
+            self.metrics.preempted(step.num_preempted)
         self.metrics.step(
             tokens=len(step.plan.tokens),
             running=len(self.scheduler.running),

@@ -99,7 +99,7 @@ class Metrics:
         self._interactions_lost = Counter(
             "pawl_interactions_lost_total", "Interactions that could not be recorded.", registry=registry
         )
-        Gauge("pawl_kv_cache_bytes", "Memory of the KV cache, all slots.", registry=registry).set(choices.kv_bytes)
+        Gauge("pawl_kv_cache_bytes", "Memory of the KV cache.", registry=registry).set(choices.kv_bytes)
         Gauge("pawl_slots", "Requests that can be decoded together.", registry=registry).set(choices.num_slots)
         info = {
             "model_name": model_name,
@@ -126,16 +126,26 @@ class Metrics:
             self._generation_tokens.inc(len(gaps))
 
     def prefix_cache(self, queried: int, hit: int) -> None:
-        """A request got a slot: the tokens of its prompt, and how many of them the cache had."""
+        """A request was admitted: the tokens of its prompt, and how many of them the cache had."""
         self._prefix_queries.inc(queried)
         self._prefix_hits.inc(hit)
+
+    def preempted(self, count: int) -> None:
+        """So many requests went back into the queue."""
+        self._preemptions.inc(count)
+
+    def speculation(self, drafted: int, accepted: int) -> None:
+        """A request's drafts of one step, and how many of them were right."""
+        self._drafts.inc(drafted)
+        self._accepted.inc(accepted)
 
     def request_finished(self, request: Request, now: float) -> None:
         """A request left the engine, in whatever state; `now` is monotonic."""
         self._finished[request.finish_reason or "error"].inc()
         self._e2e.observe(now - request.arrival)
         self._request_prompt_tokens.observe(len(request.prompt))
-        self._prompt_tokens.inc(min(request.computed, len(request.prompt)))
+        # Whoever has answered had its prompt computed, even if it lost that when it was put back into the queue.
+        self._prompt_tokens.inc(len(request.prompt) if request.output else min(request.computed, len(request.prompt)))
         if request.first_scheduled is None:
             return
         self._queue_time.observe(request.first_scheduled - request.arrival)
@@ -189,14 +199,14 @@ class Metrics:
         return Histogram(name, help, self._labels, bounds, self.registry)
 
     def _define_engine_metrics(self, choices: Choices) -> None:
-        self._running = self._gauge("vllm:num_requests_running", "Requests that hold a slot.")
-        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.")
+        self._running = self._gauge("vllm:num_requests_running", "Requests that run.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
-        # A slot is one block: the product is what the cache holds in tokens, as vLLM's readers expect.
-        shape = {"block_size": str(choices.max_context), "num_gpu_blocks": str(choices.num_slots)} | self._labels
+        # The product is what the cache holds in tokens, as vLLM's readers expect.
+        shape = {"block_size": str(choices.block.tokens), "num_gpu_blocks": str(choices.num_blocks)} | self._labels
         Gauge(
             "vllm:cache_config_info",
-            "Tokens per slot and number of slots; always 1.",
+            "Tokens per block of the KV cache and number of blocks; always 1.",
             list(shape),
             registry=self.registry,
         ).labels(**shape).set(1)
@@ -204,7 +214,11 @@ class Metrics:
             "vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
         )
         self._prefix_hits = self._counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
-        self._counter("vllm:num_preemptions_total", "Requests put back into the queue; this engine never does so.")
+        self._preemptions = self._counter(
+            "vllm:num_preemptions_total", "Requests put back into the queue, since the KV cache was full."
+        )
+        self._drafts = self._counter("vllm:spec_decode_num_draft_tokens_total", "Tokens drafted by prompt lookup.")
+        self._accepted = self._counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens that were right.")
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed per step, prefill and decode.", STEP_TOKENS
         )

@@ -1,26 +1,30 @@
 """The plan: the contract between policy (the scheduler) and compute (a runner).
 
-Tokens are flat, `[n]`. A segment is a run of them that belongs to one slot: `count` tokens from flat position
-`start`, to be written behind the `past` tokens the slot already holds. Prefill chunks, decode rows (`count` 1) and
-verification mix freely. `wanted` lists the flat positions whose logits are to be returned, in that order.
-`copies` are done first: the first `length` positions of slot `source` into slot `target` (prefix reuse).
+Tokens are flat, `[n]`. A segment is a run of them that belongs to one request: `count` tokens from flat position
+`start`, to be written behind the `past` tokens that lie in the blocks of its table. Prefill chunks, decode rows
+(`count` 1) and verification mix freely. `wanted` lists the flat positions whose logits are to be returned, in that
+order, `temperatures` the temperature each will be sampled with (0: greedy); `hidden` those whose hidden state is.
+`copies` are done first: the first `length` positions of block `source` into block `target` (prefix reuse of runners
+whose blocks hold a whole request).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+Blocks = Sequence[int] | NDArray[np.int32]  # a block table; entries past the need are ignored
+Want = Literal["last", "all", "hidden", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    slot: int
+    blocks: Blocks
     past: int
     start: int
     count: int
@@ -38,17 +42,26 @@ class Plan:
     tokens: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
 
-    def add(self, slot: int, past: int, tokens: list[int], *, want: str = "last") -> None:
-        """Append a segment; `want` is "last", "all" or "none" of its positions' logits."""
+    def add(
+        self, blocks: Blocks, past: int, tokens: list[int], *, want: Want = "last", temperature: float = 0.0
+    ) -> None:
+        """Append a segment; `want`: the logits of its "last" or of "all" positions, their "hidden" states or "none"."""
         start = len(self.tokens)
         self.tokens += tokens
-        self.segments.append(Segment(slot, past, start, len(tokens)))
-        if want == "all":
-            self.wanted += range(start, len(self.tokens))
-        elif want == "last":
-            self.wanted.append(len(self.tokens) - 1)
+        end = len(self.tokens)
+        self.segments.append(Segment(blocks, past, start, end - start))
+        if want == "last":
+            self.wanted.append(end - 1)
+            self.temperatures.append(temperature)
+        elif want == "all":
+            self.wanted += range(start, end)
+            self.temperatures += [temperature] * (end - start)
+        elif want == "hidden":
+            self.hidden += range(start, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +69,19 @@ class Output:
     """Views into the runner's buffers, valid until its next run."""
 
     logits: Floats  # [rows, vocabulary]
-    hidden: Floats  # [rows, hidden]: the normed hidden state before the language-model head
-    rows: list[int]  # the row that holds the plan's i-th wanted position
+    hidden: Floats  # [hidden positions, hidden], in the plan's order: normed, before the language-model head
+    rows: Sequence[int]  # the row that holds the plan's i-th wanted position
+    candidates: NDArray[np.int32] | None = None  # [rows, k]: ids of the largest logits, largest first, ties by id
+    total: Floats | None = None  # [rows]: sum over the vocabulary of exp((logit - largest) / temperature)
 
 
 class Runner(Protocol):
     """Executes plans. Holds the KV cache's memory; knows no requests and no queues."""
 
-    num_slots: int
-    capacity: int  # tokens per slot
     kv_bytes: int  # memory of the whole cache
+
+    @property
+    def any_chunking(self) -> bool:
+        """Whether a token's bits are the same however a sequence is cut into segments."""
 
     def run(self, plan: Plan) -> Output: ...

@@ -1,7 +1,7 @@
 """A request's life inside the engine: what was asked, how far it is, and what it answers.
 
 A request stores few numbers and derives the rest. The order between them is asserted when they change:
-`0 <= computed <= len(prompt) + len(output)`, where `computed` counts tokens whose keys and values lie in the slot.
+`0 <= computed <= len(prompt) + len(output)`, where `computed` counts tokens whose keys and values lie in the cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from serve.cache import Table
+from serve.speculation import Speculation
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -90,9 +93,10 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic
 
     output: list[int] = field(default_factory=list)
-    slot: int | None = None
+    table: Table | None = None  # while it runs
     computed: int = 0
-    cached: int = 0
+    cached: int = 0  # tokens of the prompt that were computed already when it was first scheduled
+    speculation: Speculation | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -105,9 +109,26 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
+    def num_pending(self) -> int:
+        """Tokens known and not computed."""
+        return len(self.prompt) + len(self.output) - self.computed
+
+    @property
     def prefilling(self) -> bool:
         """True while the prompt is not wholly in the cache."""
         return self.computed < len(self.prompt)
+
+    @property
+    def decoding(self) -> bool:
+        """True while only the token chosen last is not computed."""
+        return bool(self.output) and self.num_pending == 1
+
+    def span(self, start: int, end: int) -> list[int]:
+        """The known tokens from position `start` up to `end`."""
+        length = len(self.prompt)
+        if start >= length:
+            return self.output[start - length : end - length]
+        return self.prompt[start:end] + (self.output[: end - length] if end > length else [])
 
     @property
     def usage(self) -> Usage:

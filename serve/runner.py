@@ -5,8 +5,9 @@ decode run over all its single-token segments and a run per prompt chunk. The ca
 `[rows, kv_heads, capacity, head_size]` per layer for keys and for values, written in place: a decode run of B rows
 sees rows 0 to B - 1, a chunk sees its own row, both bound by pointer and without a copy.
 
-Rows that decode must therefore be the first ones. The runner keeps its own map from slot to row and exchanges rows
-when the decoding slots are not contiguous, so nobody above needs to know.
+A request therefore lies in one place: a block is a slot of `capacity` tokens, and a block table holds one. Rows that
+decode must be the first ones. The runner keeps its own map from slot to row and exchanges rows when the decoding slots
+are not contiguous, so nobody above needs to know.
 """
 
 from __future__ import annotations
@@ -24,25 +25,29 @@ from serve.plan import Copy, Output, Plan, Segment
 Array = NDArray[np.generic]
 
 
-def open_session(directory: Path, threads: int) -> ort.InferenceSession:
-    """The artifact's graph with `threads` compute threads."""
+def open_session(
+    directory: Path, threads: int, graph: str = GRAPH, library: Path | None = None
+) -> ort.InferenceSession:
+    """One of the artifact's graphs with `threads` compute threads; `library` holds the operators of its own."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # shapes change from run to run
-    return ort.InferenceSession(str(directory / GRAPH), options, providers=["CPUExecutionProvider"])
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(str(directory / graph), options, providers=["CPUExecutionProvider"])
 
 
 class StockRunner:
     """Owns the session and the cache's memory. One thread at a time."""
 
+    any_chunking = False  # attention is computed in floating point, in an order that depends on the cuts
+
     def __init__(
         self, session: ort.InferenceSession, architecture: Architecture, *, num_slots: int, capacity: int, max_rows: int
     ) -> None:
         """`max_rows`: the most tokens of one chunk, and so the most rows of logits beside the decode rows."""
-        self.num_slots = num_slots
-        self.capacity = capacity
         self._session = session
         a = architecture
         kv_type = next(i.type for i in session.get_inputs() if i.name == "key_cache.0")
@@ -68,32 +73,34 @@ class StockRunner:
         """Execute `plan`; its results are valid until the next run."""
         for copy in plan.copies:
             self._copy(copy)
+        slots = [int(segment.blocks[0]) for segment in plan.segments]
         wanted = self._wanted_by_segment(plan)
-        self._reserve(len(plan.wanted) + 1)
+        self._reserve(len(plan.wanted) + len(plan.hidden) + 1)
         decode = [i for i, s in enumerate(plan.segments) if s.count == 1 and len(wanted[i]) == 1]
-        index: dict[int, int] = {}  # flat position -> row of the logits buffer
+        index: dict[int, int] = {}  # flat position -> row of the result buffers
         if decode:
-            self._gather_rows([plan.segments[i].slot for i in decode])
+            self._gather_rows([slots[i] for i in decode])
             for i in decode:
-                segment = plan.segments[i]
-                index[segment.start] = self._row_of[segment.slot]
-            self._run_decode(plan, [plan.segments[i] for i in decode])
+                index[plan.segments[i].start] = self._row_of[slots[i]]
+            self._run_decode(plan, decode, slots)
         filled = len(decode)
         for i, segment in enumerate(plan.segments):
             if segment.count > 1 or len(wanted[i]) != 1:
-                self._run_chunk(plan, segment, [at - segment.start for at in wanted[i]], filled)
+                rows = [at - segment.start for at in wanted[i]]
+                self._run_chunk(plan, segment, self._row_of[slots[i]], rows, filled)
                 index.update((at, filled + n) for n, at in enumerate(wanted[i]))
                 filled += len(wanted[i])
-        for segment in plan.segments:
-            self._length[segment.slot] = segment.past + segment.count
-        order = [index[at] for at in plan.wanted]
-        return Output(self._logits, self._hidden, order)
+        for slot, segment in zip(slots, plan.segments, strict=True):
+            self._length[slot] = segment.past + segment.count
+        hidden = self._hidden[[index[at] for at in plan.hidden]]
+        return Output(self._logits, hidden, [index[at] for at in plan.wanted])
 
     @staticmethod
     def _wanted_by_segment(plan: Plan) -> list[list[int]]:
+        """Positions whose logits or hidden state is wanted: the graph computes both."""
         wanted: list[list[int]] = [[] for _ in plan.segments]
         owner = [i for i, s in enumerate(plan.segments) for _ in range(s.count)]
-        for at in plan.wanted:
+        for at in [*plan.wanted, *plan.hidden]:
             wanted[owner[at]].append(at)
         return wanted
 
@@ -104,13 +111,14 @@ class StockRunner:
             self._hidden = np.zeros((rows, self._hidden.shape[1]), np.float32)
             self._decode_bindings.clear()
 
-    def _run_decode(self, plan: Plan, segments: Sequence[Segment]) -> None:
-        batch = len(segments)
-        for segment in segments:
-            row = self._row_of[segment.slot]
+    def _run_decode(self, plan: Plan, decode: Sequence[int], slots: Sequence[int]) -> None:
+        """Run the single tokens of the segments numbered `decode`; each segment's slot is given."""
+        batch = len(decode)
+        for i in decode:
+            row, segment = self._row_of[slots[i]], plan.segments[i]
             self._ids[row] = plan.tokens[segment.start]
             self._lengths[row] = segment.past
-        self._total[...] = max(s.past for s in segments) + 1
+        self._total[...] = max(plan.segments[i].past for i in decode) + 1
         self._rows[:batch] = range(batch)
         binding = self._decode_bindings.get(batch)
         if binding is None:
@@ -118,8 +126,8 @@ class StockRunner:
             self._bind_rows(binding, (batch, 1), 0, batch)
         self._session.run_with_iobinding(binding)
 
-    def _run_chunk(self, plan: Plan, segment: Segment, wanted: list[int], filled: int) -> None:
-        row = self._row_of[segment.slot]
+    def _run_chunk(self, plan: Plan, segment: Segment, row: int, wanted: list[int], filled: int) -> None:
+        """Run a segment that lies in `row`; its `wanted` positions' results go to the buffers from `filled` on."""
         self._ids[: segment.count] = plan.tokens[segment.start : segment.start + segment.count]
         self._lengths[0] = segment.past + segment.count - 1
         self._total[...] = segment.past + segment.count

@@ -2,6 +2,10 @@
 
 Everything is computed per row, from that row and the request's own random generator alone, so that a seed gives the
 same tokens whatever else is in the batch.
+
+A draw walks the tokens by falling probability, equal ones by id, until their sum passes a random share of the whole.
+top_k, top_p and min_p each keep a beginning of that order. So a few of the most probable tokens, which a runner may
+have found already, nearly always decide; more of the row is sorted only when the walk goes further.
 """
 
 from __future__ import annotations
@@ -9,10 +13,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.plan import Floats
+from serve.plan import Floats, Output
 from serve.request import SamplingParams, TokenLogprob
 
-TOP_P_CANDIDATES = 1024  # sorted first; the whole vocabulary only if they hold less than top_p
+NUM_SORTED = (64, 1024)  # tokens of a row that are sorted first, if the runner has not, and next; then all
+Doubles = NDArray[np.float64]
 
 
 class Sampler:
@@ -29,21 +34,28 @@ class Sampler:
             self._counts = np.zeros(vocab_size, np.int32)
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[prompt] = True
+        self._adjusts = bool(params.logit_bias) or self._counts is not None
 
-    def choose(self, logits: Floats, num_output: int) -> tuple[int, TokenLogprob | None]:
-        """The next token from `logits`, [vocabulary], and its log-probability if asked for."""
-        adjusted = self._adjust(logits, num_output)
-        token = int(adjusted.argmax()) if self.params.temperature == 0 else self._draw(adjusted)
+    def choose(self, output: Output, row: int, num_output: int) -> tuple[int, TokenLogprob | None]:
+        """The token behind `num_output` others, from a row of `output`, and its log-probability if asked for."""
+        p = self.params
+        if self._adjusts or num_output < p.min_tokens:
+            adjusted = self._adjust(output.logits[row], num_output)
+            token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(adjusted, None, None)
+        elif p.temperature == 0:
+            found = output.candidates
+            token = int(output.logits[row].argmax() if found is None else found[row, 0])
+        elif output.candidates is None or output.total is None:
+            token = self._draw(output.logits[row], None, None)
+        else:
+            token = self._draw(output.logits[row], output.candidates[row], float(output.total[row]))
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
-        return token, None if self.params.logprobs is None else logprob(logits, token, self.params.logprobs)
+        return token, None if p.logprobs is None else logprob(output.logits[row], token, p.logprobs)
 
     def _adjust(self, logits: Floats, num_output: int) -> Floats:
         p = self.params
-        banned = self._stop_ids if num_output < p.min_tokens else []
-        if not banned and not len(self._bias) and self._counts is None:
-            return logits
         logits = logits.copy()
         if self._counts is not None and self._seen is not None:
             scaled = np.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
@@ -52,53 +64,78 @@ class Sampler:
             logits = logits.astype(np.float32)
         if len(self._bias):
             logits[self._bias[:, 0].astype(np.int64)] += self._bias[:, 1].astype(np.float32)
-        logits[banned] = -np.inf
+        if num_output < p.min_tokens:
+            logits[self._stop_ids] = -np.inf
         return logits
 
-    def _draw(self, logits: Floats) -> int:
+    def _draw(self, logits: Floats, candidates: NDArray[np.int32] | None, total: float | None) -> int:
+        """Draw from `logits`, [vocabulary]. `candidates` are ids of the largest, largest first; `total` their sum
+        with all the others, as in `Output`. Neither is needed.
+        """
+        share = self._random.random()
+        temperature = self.params.temperature
+        if total is None:
+            total = float(np.exp((logits - logits.max()) / np.float32(temperature)).sum(dtype=np.float64))
+        order: NDArray[np.integer] = _largest(logits, NUM_SORTED[0]) if candidates is None else candidates
+        while True:
+            kept = logits[order].astype(np.float64)
+            weights = np.exp((kept - kept[0]) / temperature)
+            at = self._walk(weights, total, share, whole=len(order) == len(logits))
+            if at is not None:
+                return int(order[at])
+            order = _largest(logits, NUM_SORTED[1] if len(order) < NUM_SORTED[1] else len(logits))
+
+    def _walk(self, weights: Doubles, total: float, share: float, *, whole: bool) -> int | None:
+        """How far the draw goes in `weights`, which fall from 1; None if that is beyond their end.
+
+        `total` is the sum of the whole row's weights, of which these are a beginning, or all if `whole`.
+        """
         p = self.params
-        candidates: NDArray[np.int64] | None = None  # None: the whole vocabulary, unsorted
-        weights = np.exp((logits - logits.max()) / np.float32(p.temperature)).astype(np.float64)
-        if 0 < p.top_k < len(weights):
-            candidates = _largest(weights, p.top_k)
-        if p.top_p < 1:
-            candidates = _nucleus(weights, candidates, p.top_p)
-        if candidates is not None:
-            weights = weights[candidates]
-        if p.min_p > 0:
-            weights = np.where(weights >= p.min_p * weights.max(), weights, 0.0)
         cumulative = weights.cumsum()
-        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        index = min(index, len(cumulative) - 1)
-        return index if candidates is None else int(candidates[index])
+        end, mass = len(weights), total
+        if p.top_k > 0 and (p.top_k <= end or whole):
+            whole, end = True, min(p.top_k, end)
+            mass = float(cumulative[end - 1])
+        elif p.top_k:
+            return None
+        if p.top_p < 1:  # the fewest that hold top_p of the mass (arXiv:1904.09751)
+            kept = int(cumulative[:end].searchsorted(p.top_p * mass)) + 1
+            if kept <= end:
+                whole, end = True, kept
+            mass = float(cumulative[end - 1])
+        if p.min_p > 0:
+            kept = int((-weights[:end]).searchsorted(-p.min_p, side="right"))
+            if kept < end:
+                whole, end = True, kept
+            mass = float(cumulative[end - 1])
+        if (p.top_p < 1 or p.min_p > 0) and not whole:
+            return None
+        at = int(cumulative[:end].searchsorted(share * mass, side="right"))
+        return at if at < end else end - 1 if whole else None
 
 
 def logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `top` most probable tokens under the raw logits."""
     peak = float(logits.max())
     total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
-    best = _largest(logits, top)[:top]
+    best = _largest(logits, top)
     return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))
 
 
-def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+def _largest(values: Floats, count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest, largest first, equal ones by index."""
-    count = min(count, len(values))
-    # argpartition alone would pick arbitrarily among values equal to the smallest kept one; the set is still exact
-    # for a given row, since numpy's selection is deterministic.
-    index = np.argpartition(values, len(values) - count)[len(values) - count :] if count < len(values) else None
-    index = np.arange(len(values)) if index is None else np.sort(index)
+    if count >= len(values):
+        return _sorted(values)
+    least = np.partition(values, len(values) - count)[len(values) - count] if count else np.inf
+    above = np.flatnonzero(values > least)
+    index = np.concatenate([above, np.flatnonzero(values == least)[: count - len(above)]])
+    index.sort()
     return index[np.argsort(-values[index], kind="stable")]
 
 
-def _nucleus(weights: NDArray[np.float64], candidates: NDArray[np.int64] | None, top_p: float) -> NDArray[np.int64]:
-    """The smallest set of most probable candidates that holds `top_p` of their mass (arXiv:1904.09751)."""
-    if candidates is None:
-        goal = top_p * weights.sum()
-        candidates = _largest(weights, TOP_P_CANDIDATES)
-        if weights[candidates].sum() < goal:
-            candidates = _largest(weights, len(weights))
-    else:
-        goal = top_p * weights[candidates].sum()
-    kept = int(np.searchsorted(weights[candidates].cumsum(), goal)) + 1
-    return candidates[:kept]
+def _sorted(values: Floats) -> NDArray[np.int64]:
+    """All indices, as `_largest`. Two passes of numpy's radix sort, which it has for 16 bits: 4 times faster."""
+    bits = (values + np.float32(0)).view(np.int32)  # the sum makes -0 equal to 0
+    keys = np.where(bits < 0, bits, bits ^ 0x7FFFFFFF).view(np.uint32)  # ascending where the floats fall
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    return order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]

@@ -1,8 +1,12 @@
 """Policy: which requests wait, which run, and what the next run of the model computes. Holds no arrays.
 
-One step takes every decoding request (one token each) and prompt chunks up to a token budget. Prompts are cut at
-fixed multiples of `prefill_chunk` from their start, whatever the load: attention is computed in floating point, so
-only fixed cuts give a request the same bits alone and in company.
+A request is tokens, of which the first `computed` are in the cache. Each step computes the next ones of every running
+request: the last token of those that decode, with drafts behind it where they pay, then chunks of prompts, first come
+first served, up to a token budget. While others decode, the budget also keeps the step at most `itl_limit` times as
+long as without prompts.
+
+Where a token's bits depend on how its prompt was cut (the stock graph), chunks end at fixed multiples of
+`prefill_chunk`, whatever the load, and nothing is drafted, so that a request gets the same bits alone and in company.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from serve.kv_cache import Allocation, KVCache
+from serve.cache import Cache
 from serve.plan import Plan
 from serve.request import Request
+from serve.speculation import Speculation
+from serve.step_cost import StepCost
+
+LEAST_CHUNK = 16  # prompt tokens a step, however long that takes: prompts always progress
 
 
 @dataclass(slots=True)
@@ -22,15 +30,32 @@ class Step:
 
     plan: Plan = field(default_factory=Plan)
     requests: list[Request] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)  # for the first time
+    num_preempted: int = 0
 
 
 class Scheduler:
     """First come, first served. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, cache: KVCache, *, prefill_chunk: int, max_queue: int) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        max_running: int,
+        max_queue: int,
+        prefill_chunk: int,
+        any_chunking: bool,
+        itl_limit: float,
+        speculate: bool,
+    ) -> None:
         self.cache = cache
-        self.prefill_chunk = prefill_chunk
+        self.max_running = max_running
         self.max_queue = max_queue
+        self.prefill_chunk = prefill_chunk
+        self.any_chunking = any_chunking
+        self.itl_limit = itl_limit
+        self.speculate = speculate and any_chunking
+        self.cost = StepCost()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
 
@@ -38,61 +63,127 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def room(self) -> int:
+        """Requests that may still come: places in the queue and beside those that run."""
+        return self.max_queue + self.max_running - len(self.running) - len(self.waiting)
+
     def schedule(self, now: float) -> Step:
         """Plan the next run: admit what fits, then every decode row, then prompt chunks up to the budget."""
         step = Step()
-        self._admit(step.plan, now)
-        for request in self.running:
-            if not request.prefilling:
-                assert request.slot is not None
-                step.plan.add(request.slot, request.computed, request.output[-1:])
-                step.requests.append(request)
+        self._admit(step, now)
+        decoding = self._make_room(step)
+        prompts = [request for request in self.running if not request.decoding]
         budget = self.prefill_chunk
-        for request in self.running:
+        if decoding and self.any_chunking:
+            within = self.cost.tokens_within(self.itl_limit, len(decoding))
+            budget = min(budget, max(within, LEAST_CHUNK))
+        self._add_rows(step, decoding, budget - sum(request.num_pending for request in prompts))
+        for request in prompts:
             if budget <= 0:
                 break
-            if request.prefilling:
-                budget -= self._add_chunk(step, request)
+            budget -= self._add_chunk(step, request, budget)
         return step
 
     def advance(self, step: Step) -> None:
-        """Record that the step's tokens are in the cache."""
+        """Record that the step's tokens are in the cache. Of drafts that is not known yet."""
         for request, segment in zip(step.requests, step.plan.segments, strict=True):
-            request.computed = segment.past + segment.count
-            self.cache.advance(segment.slot, request.computed, request.prompt)
+            assert request.table is not None
+            request.computed = min(segment.past + segment.count, request.length)
+            self.cache.advance(request.table, request.computed, request.span)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, whatever its state, and free its slot."""
-        if request.slot is None:
+        """Take a request out, whatever its state, and free what it holds."""
+        if request.table is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
-        self.cache.free(request.slot)
-        request.slot = None
+        self.cache.free(request.table)
+        request.table = None
 
     def requests(self) -> Iterator[Request]:
         yield from self.running
         yield from self.waiting
 
-    def _admit(self, plan: Plan, now: float) -> None:
-        while self.waiting and (allocation := self._allocate(self.waiting[0])):
-            request = self.waiting.popleft()
-            request.slot = allocation.slot
-            request.cached = request.computed = allocation.reused
-            request.first_scheduled = now
+    def _admit(self, step: Step, now: float) -> None:
+        while self.waiting and len(self.running) < self.max_running:
+            request = self.waiting[0]
+            # The mean of all hidden states needs every position computed: an embedding reuses nothing.
+            allocation = self.cache.allocate(request.span(0, request.length), reuse=not request.embed)
+            if allocation is None:
+                break
+            self.waiting.popleft()
+            request.table = allocation.table
+            request.computed = allocation.reused
             if allocation.copy:
-                plan.copies.append(allocation.copy)
+                step.plan.copies.append(allocation.copy)
+            if request.first_scheduled is None:
+                request.first_scheduled = now
+                request.cached = allocation.reused
+                step.admitted.append(request)
+                if self.speculate and not request.embed:
+                    request.speculation = Speculation()
             self.running.append(request)
 
-    def _allocate(self, request: Request) -> Allocation | None:
-        # The mean of all hidden states needs every position computed: an embedding reuses nothing.
-        return self.cache.allocate([] if request.embed else request.prompt)
+    def _make_room(self, step: Step) -> list[Request]:
+        """The requests that decode, each with room for one more token. The last admitted ones go back for it."""
+        decoding: list[Request] = []
+        for request in list(self.running):
+            if request.table is None or not request.decoding:
+                continue  # preempted a moment ago, or its room was taken at admission
+            while request.table is not None and not self.cache.grow(request.table, request.length):
+                self._preempt(self.running[-1])
+                step.num_preempted += 1
+            if request.table is not None:
+                decoding.append(request)
+        return decoding
 
-    def _add_chunk(self, step: Step, request: Request) -> int:
-        assert request.slot is not None
+    def _preempt(self, request: Request) -> None:
+        """Back to the front of the queue. What it computed stays reusable as long as nobody needs the place."""
+        self.remove(request)
+        request.computed = 0
+        request.hidden_sum = None
+        self.waiting.appendleft(request)
+
+    def _add_rows(self, step: Step, decoding: list[Request], spare: int) -> None:
+        """A row for each request that decodes; drafts behind it as long as they pay and `spare` tokens last."""
+        price = self.cost.price(len(decoding)) if spare > 0 and self.speculate else 0.0
+        for request in decoding:
+            assert request.table is not None
+            drafts: list[int] = []
+            if spare > 0 and request.speculation is not None:
+                drafts = self._draft(request, spare, price)
+                spare -= len(drafts)
+            step.plan.add(
+                request.table.blocks,
+                request.computed,
+                [request.output[-1], *drafts],
+                want="all" if drafts else "last",
+                temperature=request.params.temperature,
+            )
+            step.requests.append(request)
+
+    def _draft(self, request: Request, spare: int, price: float) -> list[int]:
+        speculation, length = request.speculation, request.length
+        assert speculation is not None
+        assert request.table is not None
+        speculation.extend(request.span(speculation.length, length))
+        room = min(request.params.max_tokens - len(request.output), self.cache.capacity - length)
+        drafts = speculation.draft(min(spare, room - 1), price)
+        return drafts if self.cache.grow(request.table, length + len(drafts)) else []
+
+    def _add_chunk(self, step: Step, request: Request, budget: int) -> int:
+        """Add the request's next chunk and return its tokens."""
+        assert request.table is not None
         past = request.computed
-        end = min((past // self.prefill_chunk + 1) * self.prefill_chunk, len(request.prompt))
-        want = "all" if request.embed else "last" if end == len(request.prompt) else "none"
-        step.plan.add(request.slot, past, request.prompt[past:end], want=want)
+        count = budget if self.any_chunking else self.prefill_chunk - past % self.prefill_chunk
+        end = min(past + count, request.length)
+        step.plan.add(
+            request.table.blocks,
+            past,
+            request.span(past, end),
+            want="hidden" if request.embed else "last" if end == request.length else "none",
+            temperature=request.params.temperature,
+        )
         step.requests.append(request)
         return end - past

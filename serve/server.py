@@ -17,14 +17,12 @@ from dataclasses import replace
 from proto.manifest import Manifest
 from serve.choices import MIB, Choices, choose
 from serve.engine import Engine
+from serve.forms import Form, pick
 from serve.grpc_api import start_grpc
 from serve.http_api import start_http
-from serve.kv_cache import KVCache
 from serve.metrics import Metrics
 from serve.records import Records
 from serve.request import Channel, Chunk
-from serve.runner import StockRunner, open_session
-from serve.scheduler import Scheduler
 from serve.service import Service
 from serve.settings import Settings
 from serve.tokenizer import Tokenizer
@@ -37,12 +35,13 @@ GIL_SWITCH_SECONDS = 0.0005  # the engine's few microseconds between runs must n
 def make_engine(
     settings: Settings,
     manifest: Manifest,
+    form: Form,
     choices: Choices,
     tokenizer: Tokenizer,
     metrics: Metrics,
     loop: asyncio.AbstractEventLoop,
 ) -> Engine:
-    """The engine over the stock graph, answering on `loop`."""
+    """The engine over the graph in this form, answering on `loop`."""
 
     def dispatch(batch: list[tuple[Channel, Chunk]]) -> None:
         for channel, chunk in batch:
@@ -51,17 +50,11 @@ def make_engine(
     def deliver(batch: list[tuple[Channel, Chunk]]) -> None:
         loop.call_soon_threadsafe(dispatch, batch)
 
-    runner = StockRunner(
-        open_session(settings.model, choices.threads),
-        manifest.architecture,
-        num_slots=choices.num_slots,
-        capacity=choices.max_context,
-        max_rows=settings.prefill_chunk,
-    )
-    cache = KVCache(choices.num_slots, choices.max_context, settings.prefill_chunk)
+    session = form.open(settings.model, choices.threads)
+    runner, scheduler = form.build(session, manifest, settings, choices)
     return Engine(
         runner,
-        Scheduler(cache, prefill_chunk=settings.prefill_chunk, max_queue=settings.max_queue),
+        scheduler,
         tokenizer,
         metrics,
         deliver,
@@ -71,12 +64,12 @@ def make_engine(
     )
 
 
-def describe(manifest: Manifest, settings: Settings, choices: Choices) -> str:
+def describe(manifest: Manifest, settings: Settings, form: Form, choices: Choices) -> str:
     """What is served and what was chosen, in one line."""
     return (
-        f"{settings.model_name or manifest.name} (recipe {manifest.recipe.name}, stock graph), "
+        f"{settings.model_name or manifest.name} (recipe {manifest.recipe.name}, {form.phrase}), "
         f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
-        f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {manifest.kv_cache}"
+        f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {choices.block.type}"
     )
 
 
@@ -89,11 +82,12 @@ async def run(settings: Settings, manifest: Manifest, began: float) -> int:
         loop.add_signal_handler(number, stop.set)
     settings = replace(settings, api_key=settings.api_key or os.environ.get("PAWL_API_KEY", ""))
 
-    choices = choose(settings, manifest)
+    form = pick(settings.form, manifest)
+    choices = choose(settings, manifest, form)
     tokenizer = Tokenizer(settings.model)
     metrics = Metrics(manifest, settings.model_name or manifest.name, choices)
     records = Records(settings.records, lost=metrics.interactions_lost)
-    engine = make_engine(settings, manifest, choices, tokenizer, metrics, loop)
+    engine = make_engine(settings, manifest, form, choices, tokenizer, metrics, loop)
     service = Service(engine, tokenizer, records, metrics, manifest, settings, max_context=choices.max_context)
     records.start()
     engine.start()
@@ -101,7 +95,7 @@ async def run(settings: Settings, manifest: Manifest, began: float) -> int:
     grpc = await start_grpc(service, settings)
     print(
         f"ready in {time.monotonic() - began:.1f} s: http://{settings.host}:{http.port} and "
-        f"grpc://{settings.host}:{grpc.port} serve {describe(manifest, settings, choices)}",
+        f"grpc://{settings.host}:{grpc.port} serve {describe(manifest, settings, form, choices)}",
         flush=True,
     )
     await stop.wait()

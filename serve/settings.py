@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 
-def setting(default: Any, help: str, parse: Any = None, *, least: float = 0, most: float = math.inf) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    parse: Any = None,
+    *,
+    least: float = 0,
+    most: float = math.inf,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
     """A dataclass field that becomes the flag `--field-name`; a number must be from `least` to `most`."""
-    return field(default=default, metadata={"help": help, "parse": parse or type(default), "range": (least, most)})
+    limits = {"range": (least, most), "choices": choices}
+    return field(default=default, metadata={"help": help, "parse": parse or type(default), **limits})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +31,20 @@ class Settings:
     http_port: int = setting(8000, "HTTP port; 0 picks a free one", most=65535)
     grpc_port: int = setting(50051, "gRPC port; 0 picks a free one", most=65535)
     threads: int = setting(0, "compute threads; 0: the CPU quota of this process")
-    slots: int = setting(0, "requests decoded together; 0: as many as the KV budget holds, at most 32")
+    form: str = setting(
+        "auto",
+        "the graph to run: native operators, stock operators, or native if possible",
+        choices=("auto", "native", "stock"),
+    )
+    slots: int = setting(0, "requests that run together; 0: as many as the KV budget holds, at most 32")
     kv_budget_mib: int = setting(0, "memory of the KV cache in MiB; 0: a quarter of free memory, at most 1024")
     max_context: int = setting(0, "tokens per request, prompt and completion; 0: the model's, at most 2048")
-    prefill_chunk: int = setting(128, "tokens of a prompt computed between two decode steps", least=1)
-    max_queue: int = setting(64, "requests that may wait for a slot; more are refused with 503")
+    prefill_chunk: int = setting(0, "prompt tokens computed in a step; 0: 512 natively, 128 with stock operators")
+    itl_limit: float = setting(
+        2.0, "how many times longer prompts may make the steps of requests that decode; native form only", least=1
+    )
+    speculate: bool = setting(True, "draft tokens by prompt lookup, while that pays; native form only", parse=bool)
+    max_queue: int = setting(64, "requests that may wait; more are refused with 503")
     request_timeout_seconds: float = setting(600.0, "a request older than this is ended", least=0.001)
     drain_seconds: float = setting(30.0, "on SIGTERM, how long in-flight requests may still run")
     body_limit_bytes: int = setting(4 << 20, "largest HTTP body or gRPC message", least=1)
@@ -56,7 +74,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             parser.add_argument(flag(item.name), type=parse, required=True, help=text)
         else:
             shown = "" if item.default == "" else " (default: %(default)s)"
-            parser.add_argument(flag(item.name), type=parse, default=item.default, help=text + shown)
+            choices = item.metadata.get("choices")
+            parser.add_argument(flag(item.name), type=parse, default=item.default, choices=choices, help=text + shown)
     given = vars(parser.parse_args(argv))
     for item in fields(Settings):
         value, (least, most) = given[item.name], item.metadata.get("range", (0, 0))

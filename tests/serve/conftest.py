@@ -9,13 +9,13 @@ import pytest
 
 from compress.quantize import Options, quantize
 from proto.manifest import Manifest, load
+from serve.choices import Block, Choices
 from serve.engine import Engine
-from serve.kv_cache import KVCache
 from serve.metrics import Metrics
 from serve.plan import Runner
 from serve.runner import StockRunner, open_session
 from serve.scheduler import Scheduler
-from serve.server import Choices
+from serve.slot_cache import SlotCache
 from serve.tokenizer import Tokenizer
 from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, Server, deliver, make_checkpoint, start_server, stop_server
 
@@ -46,10 +46,19 @@ def make_runner(artifact: Path, manifest: Manifest) -> Callable[[], StockRunner]
 @pytest.fixture
 def make_engine(artifact: Path, manifest: Manifest, make_runner: Callable[[], Runner]) -> Callable[..., Engine]:
     def make(runner: Runner | None = None, max_queue: int = 64, timeout: float = 600) -> Engine:
-        choices = Choices(2, "test", CAPACITY, SLOTS, "test", 0)
+        choices = Choices(2, "test", CAPACITY, SLOTS, "test", Block(CAPACITY, 0, "int8"), SLOTS)
+        scheduler = Scheduler(
+            SlotCache(SLOTS, CAPACITY, CHUNK),
+            max_running=SLOTS,
+            max_queue=max_queue,
+            prefill_chunk=CHUNK,
+            any_chunking=False,
+            itl_limit=2.0,
+            speculate=True,
+        )
         return Engine(
             runner or make_runner(),
-            Scheduler(KVCache(SLOTS, CAPACITY, CHUNK), prefill_chunk=CHUNK, max_queue=max_queue),
+            scheduler,
             Tokenizer(artifact),
             Metrics(manifest, "tiny", choices),
             deliver,

@@ -118,7 +118,7 @@ def test_a_closed_channel_cancels_in_every_state(make_engine: MakeEngine, state:
     engine.submit(*order)
     for _ in range({"queued": 1, "prefilling": 1, "decoding": 4}[state]):
         engine.step()
-    assert (victim.slot is None) == (state == "queued")
+    assert (victim.table is None) == (state == "queued")
     assert bool(victim.output) == (state == "decoding")
     assert isinstance(victim.channel, ListChannel)
     victim.channel.closed = True
@@ -132,7 +132,7 @@ class FailingRunner:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.num_slots, self.capacity, self.kv_bytes = runner.num_slots, runner.capacity, runner.kv_bytes
+        self.kv_bytes, self.any_chunking = runner.kv_bytes, runner.any_chunking
         self.fail = False
 
     def run(self, plan: Plan) -> Output:
@@ -212,9 +212,8 @@ def test_an_embedding_is_the_normed_mean_of_hidden_states(
     runner, states = make_runner(), []
     for start in range(0, len(prompt), CHUNK):
         plan = Plan()
-        plan.add(0, start, prompt[start : start + CHUNK], want="all")
-        output = runner.run(plan)
-        states.append(output.hidden[output.rows].copy())
+        plan.add([0], start, prompt[start : start + CHUNK], want="hidden")
+        states.append(runner.run(plan).hidden.copy())
     mean = np.concatenate(states).astype(np.float64).mean(axis=0)
     engine = make_engine()
     for _ in range(2):  # the second time, a prefix could be reused: it must not be

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from proto.manifest import Architecture, Lineage, Manifest, Precision, Recipe
-from serve.choices import Choices
+from serve.choices import Block, Choices
 from serve.metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, Metrics
 from serve.request import FinishReason, Request, SamplingParams
 
@@ -35,6 +35,8 @@ VLLM = {
         "vllm:prefix_cache_queries_total",
         "vllm:prefix_cache_hits_total",
         "vllm:num_preemptions_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
         "vllm:admission_rejections_total",
     },
     "histogram": {
@@ -74,7 +76,7 @@ def metrics() -> Metrics:
         files={},
         lineage=Lineage(checkpoint="0" * 64),
     )
-    return Metrics(manifest, 'ti"ny', Choices(1, "", 64, 4, "", 4096))
+    return Metrics(manifest, 'ti"ny', Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), 16))
 
 
 def families(metrics: Metrics) -> dict[str, Metric]:
@@ -193,6 +195,11 @@ def test_step_and_prefix_cache(metrics: Metrics) -> None:
     metrics.step(tokens=33, running=3, waiting=2, kv_usage=0.25)
     metrics.step(tokens=3, running=2, waiting=0, kv_usage=0.125)
     metrics.prefix_cache(queried=10, hit=8)
+    metrics.preempted(2)
+    metrics.speculation(drafted=8, accepted=3)
+    assert value(metrics, "vllm:num_preemptions_total") == 2
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 8
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 3
     assert value(metrics, "vllm:num_requests_running") == 2
     assert value(metrics, "vllm:num_requests_waiting") == 0
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.125

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.plan import Copy, Floats, Output, Plan, Segment
+from serve.plan import Copy, Floats, Output, Plan, Segment, Want
 from serve.runner import StockRunner
 from tests.serve.tiny import CAPACITY, CHUNK, SLOTS
 
 MakeRunner = Callable[[], StockRunner]
-WANTS = ("last", "all", "none")
+WANTS = ("last", "all", "hidden", "none")
 
 
 @dataclass
@@ -24,10 +24,11 @@ class Sequence:
 
     tokens: list[int]
     cuts: list[int]  # sizes of the segments
-    wants: list[str]
+    wants: list[Want]
     slot: int = -1
     next: int = 0  # segment
-    results: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
+    logits: dict[int, Floats] = field(default_factory=dict)
+    hidden: dict[int, Floats] = field(default_factory=dict)
 
     @property
     def past(self) -> int:
@@ -40,7 +41,7 @@ class Sequence:
     def add_to(self, plan: Plan) -> tuple[Sequence, int]:
         """Append the next segment to `plan`; returns what `collect` needs."""
         count = self.cuts[self.next]
-        plan.add(self.slot, self.past, self.tokens[self.past : self.past + count], want=self.wants[self.next])
+        plan.add([self.slot], self.past, self.tokens[self.past : self.past + count], want=self.wants[self.next])
         self.next += 1
         return self, self.past - count
 
@@ -50,30 +51,37 @@ class Sequence:
 
 def collect(plan: Plan, output: Output, added: list[tuple[Sequence, int]]) -> None:
     """Copy the wanted rows into their sequences' results."""
-    assert len(output.rows) == len(plan.wanted)
-    for at, row in zip(plan.wanted, output.rows, strict=True):
+
+    def place(at: int) -> tuple[Sequence, int]:
         number = next(i for i, s in enumerate(plan.segments) if s.start <= at < s.start + s.count)
         sequence, past = added[number]
-        position = past + at - plan.segments[number].start
-        sequence.results[position] = output.logits[row].copy(), output.hidden[row].copy()
+        return sequence, past + at - plan.segments[number].start
+
+    for at, row in zip(plan.wanted, output.rows, strict=True):
+        sequence, position = place(at)
+        sequence.logits[position] = output.logits[row].copy()
+    for at, state in zip(plan.hidden, output.hidden, strict=True):
+        sequence, position = place(at)
+        sequence.hidden[position] = state.copy()
 
 
-def alone(runner: StockRunner, sequence: Sequence) -> dict[int, tuple[Floats, Floats]]:
-    """The results of the sequence with a runner to itself, in slot 0."""
+def alone(runner: StockRunner, sequence: Sequence) -> Sequence:
+    """The sequence with a runner to itself, in slot 0."""
     single = sequence.copy()
     single.slot = 0
     while not single.done:
         plan = Plan()
         added = [single.add_to(plan)]
         collect(plan, runner.run(plan), added)
-    return single.results
+    return single
 
 
-def assert_same(found: Sequence, expected: dict[int, tuple[Floats, Floats]]) -> None:
-    assert found.results.keys() == expected.keys()
-    for position, (logits, hidden) in expected.items():
-        np.testing.assert_array_equal(found.results[position][0], logits, err_msg=f"logits at {position}")
-        np.testing.assert_array_equal(found.results[position][1], hidden, err_msg=f"hidden at {position}")
+def assert_same(found: Sequence, expected: Sequence) -> None:
+    for kind in ("logits", "hidden"):
+        ours, theirs = getattr(found, kind), getattr(expected, kind)
+        assert ours.keys() == theirs.keys()
+        for position, values in theirs.items():
+            np.testing.assert_array_equal(ours[position], values, err_msg=f"{kind} at {position}")
 
 
 def random_sequence(random: np.random.Generator) -> Sequence:
@@ -147,7 +155,7 @@ def test_a_copied_beginning_has_the_bits_of_a_computed_one(make_runner: MakeRunn
 
     expected = alone(single, target)
     for chunk in range(shared):  # these were copied, not computed
-        expected.pop((chunk + 1) * CHUNK - 1)
+        expected.logits.pop((chunk + 1) * CHUNK - 1)
     assert_same(target, expected)
     for sequence in (source, *crowd):
         assert_same(sequence, alone(single, sequence))
@@ -159,18 +167,19 @@ def test_all_last_and_none_agree(make_runner: MakeRunner, count: int) -> None:
     outputs = {}
     for want in WANTS:
         runner, plan = make_runner(), Plan()
-        plan.add(3, 0, tokens, want=want)
+        plan.add([3], 0, tokens, want=want)
         output = runner.run(plan)
         outputs[want] = output.logits[output.rows].copy()
         # Whatever was wanted, the cache holds the same.
         plan = Plan()
-        plan.add(3, count, [5])
+        plan.add([3], count, [5])
         output = runner.run(plan)
         outputs[want + " then"] = output.logits[output.rows].copy()
-    assert [len(outputs[want]) for want in WANTS] == [1, count, 0]
+    assert [len(outputs[want]) for want in WANTS] == [1, count, 0, 0]
     np.testing.assert_array_equal(outputs["all"][-1:], outputs["last"])
     np.testing.assert_array_equal(outputs["all then"], outputs["last then"])
     np.testing.assert_array_equal(outputs["none then"], outputs["last then"])
+    np.testing.assert_array_equal(outputs["hidden then"], outputs["last then"])
 
 
 def test_results_come_in_the_order_of_wanted(make_runner: MakeRunner) -> None:
@@ -179,12 +188,12 @@ def test_results_come_in_the_order_of_wanted(make_runner: MakeRunner) -> None:
     single, expected = make_runner(), []
     for slot, ids in enumerate(tokens):
         plan = Plan()
-        plan.add(slot, 0, ids, want="all")
+        plan.add([slot], 0, ids, want="all")
         output = single.run(plan)
         expected.append(output.logits[output.rows].copy())
     runner, plan = make_runner(), Plan()
     for slot, ids in zip([6, 0, 4], tokens, strict=True):
-        plan.add(slot, 0, ids, want="all")
+        plan.add([slot], 0, ids, want="all")
     plan.wanted.reverse()
     output = runner.run(plan)
     assert len(output.rows) == 3 * CHUNK > SLOTS
@@ -216,9 +225,13 @@ def test_an_empty_plan_gives_nothing(make_runner: MakeRunner) -> None:
 
 def test_plans_say_what_was_added() -> None:
     plan = Plan()
-    plan.add(4, 0, [7, 8, 9], want="all")
-    plan.add(1, 12, [5])
-    plan.add(2, 3, [6, 7], want="none")
-    assert plan.tokens == [7, 8, 9, 5, 6, 7]
-    assert plan.segments == [Segment(4, 0, 0, 3), Segment(1, 12, 3, 1), Segment(2, 3, 4, 2)]
+    plan.add([4], 0, [7, 8, 9], want="all", temperature=0.5)
+    plan.add([1, 7], 64, [5])
+    plan.add([2], 3, [6, 7], want="none")
+    plan.add([3], 3, [1, 2], want="hidden")
+    assert plan.tokens == [7, 8, 9, 5, 6, 7, 1, 2]
+    places = [([4], 0, 0, 3), ([1, 7], 64, 3, 1), ([2], 3, 4, 2), ([3], 3, 6, 2)]
+    assert plan.segments == [Segment(*place) for place in places]
     assert plan.wanted == [0, 1, 2, 3]
+    assert plan.temperatures == [0.5, 0.5, 0.5, 0]
+    assert plan.hidden == [6, 7]

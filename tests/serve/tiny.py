@@ -97,7 +97,7 @@ def finish(engine: Engine, *requests: Request) -> list[list[int]]:
     while not engine.idle:
         engine.step()
     engine.scheduler.cache.check()
-    assert engine.scheduler.cache.num_free == engine.scheduler.cache.num_slots
+    assert engine.scheduler.cache.usage == 0
     return [request.channel.tokens for request in requests]  # type: ignore[attr-defined]
 
 

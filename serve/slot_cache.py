@@ -1,4 +1,4 @@
-"""Which slot holds which tokens. The memory itself belongs to the runner; this is its book-keeping.
+"""The slot cache, for runners that want a whole request in one place: which slot holds which tokens.
 
 A slot is either free or owned by one request; a free slot keeps the tokens of its last owner until it is taken
 again, so that a prompt with the same beginning can reuse them. Reuse is cut to whole blocks of `block` tokens that
@@ -10,22 +10,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
+
+from serve.cache import Allocation, Span, Table
 from serve.plan import Copy
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """A slot whose first `reused` tokens are already there, once `copy` (if any) was done."""
-
-    slot: int
-    reused: int
-    copy: Copy | None
-
-
-class KVCache:
-    """Allocates `num_slots` slots of `capacity` tokens each."""
+class SlotCache:
+    """Allocates `num_slots` slots of `capacity` tokens each; a table holds one slot."""
 
     def __init__(self, num_slots: int, capacity: int, block: int) -> None:
         self.num_slots = num_slots
@@ -33,26 +26,20 @@ class KVCache:
         self.block = block
         self._reusable: list[list[int]] = [[] for _ in range(num_slots)]  # whole blocks of prompt, per slot
         self._length = [0] * num_slots  # tokens in use, per owned slot
+        self._prompt = [0] * num_slots  # tokens of the prompt, per owned slot
         self._free: OrderedDict[int, None] = OrderedDict((slot, None) for slot in range(num_slots))  # oldest first
         self._used: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
 
     @property
     def usage(self) -> float:
         """Share of the cache's tokens that running requests hold, 0 to 1."""
         return sum(self._length) / (self.num_slots * self.capacity)
 
-    def allocate(self, prompt: Sequence[int]) -> Allocation | None:
-        """Take the slot that saves most prefill, or None if all are owned.
-
-        At least one token of the prompt is left to compute, since its logits are wanted.
-        """
+    def allocate(self, tokens: Sequence[int], *, reuse: bool = True) -> Allocation | None:
+        """Take the slot that saves most prefill, or None if all are owned."""
         if not self._free:
             return None
-        best, reused = self._longest_prefix(prompt)
+        best, reused = self._longest_prefix(tokens) if reuse else (0, 0)
         oldest = next(iter(self._free))
         # In place only where nothing else is lost: a free slot that holds more than the common prefix stays as it is.
         in_place = reused and best in self._free and len(self._reusable[best]) == reused
@@ -60,29 +47,37 @@ class KVCache:
         copy = Copy(best, slot, reused) if reused and slot != best else None
         del self._free[slot]
         self._used.add(slot)
-        self._reusable[slot] = list(prompt[:reused])
+        self._reusable[slot] = list(tokens[:reused])
         self._length[slot] = reused
-        return Allocation(slot, reused, copy)
+        self._prompt[slot] = len(tokens)
+        return Allocation(Table(np.array([slot], np.int32)), reused, copy)
 
-    def advance(self, slot: int, length: int, prompt: Sequence[int]) -> None:
+    def grow(self, table: Table, length: int) -> bool:
+        """A slot has room for a whole request from the start."""
+        return length <= self.capacity
+
+    def advance(self, table: Table, length: int, span: Span) -> None:
         """`length` tokens of the slot are computed now; whole blocks of the prompt among them can be reused."""
+        slot = int(table.blocks[0])
         assert slot in self._used
         assert self._length[slot] <= length <= self.capacity
         self._length[slot] = length
         held = self._reusable[slot]
-        held += prompt[len(held) : min(length, len(prompt)) // self.block * self.block]
+        if (end := min(length, self._prompt[slot]) // self.block * self.block) > len(held):
+            held += span(len(held), end)
 
-    def free(self, slot: int) -> None:
+    def forget(self, table: Table) -> None:
+        """Declare a slot's content unusable, after a failed run."""
+        self._reusable[table.blocks[0]] = []
+
+    def free(self, table: Table) -> None:
         """Give a slot back; its prompt's blocks stay reusable until it is taken again."""
+        slot = int(table.blocks[0])
         self._used.remove(slot)
         self._length[slot] = 0
         self._free[slot] = None
         if not self._reusable[slot]:
             self._free.move_to_end(slot, last=False)  # nothing to lose: take it first
-
-    def forget(self, slot: int) -> None:
-        """Declare a slot's content unusable, after a failed run."""
-        self._reusable[slot] = []
 
     def check(self) -> None:
         """The conservation law: every slot is free or owned, never both."""

@@ -1,0 +1,121 @@
+"""The forms in which an artifact can run, and which one it is: here alone do they differ.
+
+A form opens the graph and makes a runner and a scheduler that fit each other. Nobody behind them asks which it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import onnxruntime as ort
+
+from proto.manifest import NATIVE_GRAPH, Manifest
+from serve.block_cache import BLOCK, BlockCache
+from serve.cache import Cache
+from serve.choices import Block, Choices, SettingsError
+from serve.native import NativeUnavailable, instruction_set, library
+from serve.native_runner import NativeRunner, block_shape
+from serve.plan import Runner
+from serve.runner import StockRunner, open_session
+from serve.scheduler import Scheduler
+from serve.settings import Settings
+from serve.slot_cache import SlotCache
+
+
+class Form(Protocol):
+    @property
+    def phrase(self) -> str:
+        """For the ready line: which form, and why."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests take blocks as they need them, so that more can run than would fit at full length."""
+
+    def block(self, manifest: Manifest, max_context: int) -> Block:
+        """What the cache is made of, for requests of `max_context` tokens."""
+
+    def open(self, directory: Path, threads: int) -> ort.InferenceSession: ...
+
+    def build(
+        self, session: ort.InferenceSession, manifest: Manifest, settings: Settings, choices: Choices
+    ) -> tuple[Runner, Scheduler]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StockForm:
+    """The portable graph: a block is a slot, which holds a whole request."""
+
+    phrase: str
+    shares: bool = False
+    prefill_chunk: int = 128  # tokens; others wait for a whole chunk
+
+    def block(self, manifest: Manifest, max_context: int) -> Block:
+        return Block(max_context, max_context * manifest.kv_bytes_per_token, manifest.kv_cache)
+
+    def open(self, directory: Path, threads: int) -> ort.InferenceSession:
+        return open_session(directory, threads)
+
+    def build(
+        self, session: ort.InferenceSession, manifest: Manifest, settings: Settings, choices: Choices
+    ) -> tuple[Runner, Scheduler]:
+        chunk = settings.prefill_chunk or self.prefill_chunk
+        slots, capacity = choices.num_slots, choices.max_context
+        runner = StockRunner(session, manifest.architecture, num_slots=slots, capacity=capacity, max_rows=chunk)
+        return runner, _scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeForm:
+    """The graph on our operators, from their library."""
+
+    phrase: str
+    library: Path
+    shares: bool = True
+    prefill_chunk: int = 512  # tokens; while others decode, `itl_limit` cuts it short
+
+    def block(self, manifest: Manifest, max_context: int) -> Block:
+        layers, kv_heads, size = block_shape(manifest.architecture)
+        return Block(BLOCK, layers * kv_heads * size, "int8")
+
+    def open(self, directory: Path, threads: int) -> ort.InferenceSession:
+        return open_session(directory, threads, NATIVE_GRAPH, self.library)
+
+    def build(
+        self, session: ort.InferenceSession, manifest: Manifest, settings: Settings, choices: Choices
+    ) -> tuple[Runner, Scheduler]:
+        blocks, capacity = choices.num_blocks, choices.max_context
+        runner = NativeRunner(session, manifest.architecture, num_blocks=blocks, capacity=capacity)
+        chunk = settings.prefill_chunk or self.prefill_chunk
+        return runner, _scheduler(runner, BlockCache(blocks, capacity), settings, choices, chunk)
+
+
+def pick(wanted: str, manifest: Manifest) -> Form:
+    """The form named by `wanted`, "native" or "stock", or the fastest there is ("auto").
+
+    Raises SettingsError if there is no native form and it was asked for.
+    """
+    if wanted == "stock":
+        return StockForm("stock graph: --form stock")
+    try:
+        if NATIVE_GRAPH not in manifest.files:
+            raise NativeUnavailable(f"the artifact has no {NATIVE_GRAPH}")
+        path = library()
+        return NativeForm(f"native operators on {instruction_set(path)}", path)
+    except NativeUnavailable as reason:
+        if wanted == "native":
+            raise SettingsError(f"--form native cannot be met: {reason}; use --form auto or stock") from reason
+        return StockForm(f"stock graph: {reason}")
+
+
+def _scheduler(runner: Runner, cache: Cache, settings: Settings, choices: Choices, prefill_chunk: int) -> Scheduler:
+    return Scheduler(
+        cache,
+        max_running=choices.num_slots,
+        max_queue=settings.max_queue,
+        prefill_chunk=prefill_chunk,
+        any_chunking=runner.any_chunking,
+        itl_limit=settings.itl_limit,
+        speculate=settings.speculate,
+    )

@@ -1,0 +1,91 @@
+"""What a step costs: seconds = fixed + per_token * tokens, learned from the steps themselves.
+
+Steps are averaged by size, powers of two apart, and the line is fitted to the averages by least squares of relative
+errors. So a long stretch of steps of one size does not wash out what was learned about the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WEIGHT = 0.1  # of a new step in the average of its size
+FIRST = 3  # steps of a size of which the fastest counts: the very first ones also allocate
+OUTLIER = 3.0  # times the average: beyond, something else had the processor
+REACH = 4.0  # times the largest size seen: how far the line is trusted
+
+
+@dataclass(slots=True)
+class Average:
+    tokens: float
+    seconds: float
+    steps: int = 1
+
+
+class StepCost:
+    """Knows nothing until it has seen steps of two sizes: `known`."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, Average] = {}
+        self._stale = False
+        self._fixed = 0.0  # seconds
+        self._per_token = 0.0  # seconds
+        self._largest = 0.0  # tokens
+
+    @property
+    def known(self) -> bool:
+        return len(self._sizes) > 1
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        average = self._sizes.get(tokens.bit_length())
+        if average is None:
+            self._sizes[tokens.bit_length()] = Average(tokens, seconds)
+        else:
+            average.steps += 1
+            average.tokens += WEIGHT * (tokens - average.tokens)
+            if average.steps <= FIRST:
+                average.seconds = min(average.seconds, seconds)
+            else:
+                average.seconds += WEIGHT * (min(seconds, OUTLIER * average.seconds) - average.seconds)
+        self._stale = True
+
+    def tokens_within(self, times: float, tokens: int) -> int:
+        """How many more tokens make a step at most `times` as long as one of `tokens`; 0 while nothing is known."""
+        if not self.known:
+            return 0
+        self._fit()
+        most = REACH * self._largest - tokens
+        if self._per_token * most > (times - 1) * self.seconds(tokens):
+            most = (times - 1) * self.seconds(tokens) / self._per_token
+        return max(0, int(most))
+
+    def price(self, tokens: int) -> float:
+        """What one more token costs a step of `tokens` that yields them all: the share of a token lost by waiting.
+
+        0 while nothing is known: trying is how it gets known.
+        """
+        if not self.known:
+            return 0.0
+        self._fit()
+        return self._per_token * tokens / self.seconds(tokens)
+
+    def seconds(self, tokens: int) -> float:
+        self._fit()
+        return self._fixed + self._per_token * tokens
+
+    def _fit(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        n = x = y = xx = xy = 0.0
+        for average in self._sizes.values():
+            weight = 1 / max(average.seconds, 1e-9) ** 2
+            n += weight
+            x += weight * average.tokens
+            y += weight * average.seconds
+            xx += weight * average.tokens**2
+            xy += weight * average.tokens * average.seconds
+        slope = (n * xy - x * y) / spread if (spread := n * xx - x * x) > 0 else 0.0
+        self._per_token = min(max(slope, 0.0), y / x)  # neither part of a step's time is negative
+        self._fixed = max((y - self._per_token * x) / n, 1e-9)
+        self._largest = max(average.tokens for average in self._sizes.values())

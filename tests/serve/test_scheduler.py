@@ -1,0 +1,248 @@
+"""Scheduling over a fake runner: whatever happens around a request, its tokens are those it gets alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.block_cache import BLOCK
+from serve.engine import Engine
+from serve.errors import InvalidRequest
+from serve.request import Request, SamplingParams
+from serve.scheduler import LEAST_CHUNK
+from tests.serve.fake_runner import FakeRunner, make_engine
+from tests.serve.tiny import ListChannel, ask, finish
+
+VARIANTS: list[dict[str, Any]] = [
+    {"temperature": 0, "ignore_eos": True},
+    {"temperature": 0, "min_tokens": 9},
+    {"temperature": 0.3, "seed": 1},
+    {"temperature": 1.0, "seed": 2, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.3, "logprobs": 1},
+    {"temperature": 0.5, "seed": 4, "top_k": 70, "stop": ("abc", "zz")},
+    {"temperature": 0, "ignore_eos": True, "stop_token_ids": (5, 6)},
+]
+
+
+@dataclass
+class Visit:
+    """A request, when it comes and, unless 0, how many steps later its client leaves."""
+
+    prompt: list[int]
+    params: SamplingParams
+    embed: bool
+    arrival: int
+    patience: int
+
+    def request(self) -> Request:
+        return Request(id="r", prompt=list(self.prompt), params=self.params, channel=ListChannel(), embed=self.embed)
+
+
+@st.composite
+def visits(draw: st.DrawFn, capacity: int) -> Visit:
+    """Prompts that repeat themselves, and that often begin alike."""
+    beginning = [
+        token for block in draw(st.lists(st.integers(1, 2), max_size=2)) for token in [block, 3] * (BLOCK // 2)
+    ]
+    rest = draw(st.lists(st.integers(1, 5), min_size=1, max_size=20)) * draw(st.integers(1, 4))
+    prompt = (beginning + rest)[: capacity - 1]
+    params = SamplingParams(max_tokens=draw(st.integers(1, 90)), **draw(st.sampled_from(VARIANTS)))
+    params = replace(params, min_tokens=min(params.min_tokens, params.max_tokens))
+    embed = draw(st.integers(0, 9)) == 0
+    return Visit(prompt, params, embed, draw(st.integers(0, 40)), draw(st.sampled_from([0, 0, 0, 5, 30])))
+
+
+def channel(request: Request) -> ListChannel:
+    assert isinstance(request.channel, ListChannel)
+    return request.channel
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[FakeRunner, Engine, list[Visit]]:
+    num_blocks = draw(st.integers(2, 14))
+    runner = FakeRunner(num_blocks, lean=draw(st.sampled_from([2.0, 5.0, 9.0])))
+    runner.failing = draw(st.sets(st.integers(0, 60), max_size=1))
+    engine = make_engine(
+        runner,
+        slots=draw(st.integers(1, 6)),
+        chunk=draw(st.sampled_from([1, 7, 64, 200])),
+        sharing=draw(st.booleans()),
+        speculate=draw(st.booleans()),
+        per_token=draw(st.sampled_from([0.001, 0.05, 1.0])),
+    )
+    return runner, engine, draw(st.lists(visits(engine.scheduler.cache.capacity), min_size=1, max_size=9))
+
+
+@given(scenes())
+@settings(max_examples=40, deadline=None)
+def test_a_request_gets_the_tokens_that_it_gets_alone(scene: tuple[FakeRunner, Engine, list[Visit]]) -> None:
+    runner, engine, visits = scene
+    requests = [visit.request() for visit in visits]
+    time = 0
+    while time <= 40 or not engine.idle:
+        for visit, request in zip(visits, requests, strict=True):
+            if visit.arrival == time:
+                engine.submit(request)
+            if visit.patience and visit.arrival + visit.patience == time:
+                channel(request).closed = True
+        engine.step()
+        engine.scheduler.cache.check()
+        time += 1
+        assert time < 5000, "the engine does not come to an end"
+    assert engine.scheduler.cache.usage == 0
+
+    for visit, request in zip(visits, requests, strict=True):
+        alone = visit.request()
+        calm = FakeRunner(100, lean=runner.lean)
+        finish(make_engine(calm, capacity=engine.scheduler.cache.capacity, speculate=False), alone)
+        found, expected = channel(request), channel(alone)
+        if request.finish_reason in ("abort", "error"):
+            assert visit.patience or runner.failing
+            assert found.tokens == expected.tokens[: len(found.tokens)]
+            assert expected.text.startswith(found.text)
+            continue
+        assert request.finish_reason == alone.finish_reason
+        assert (found.tokens, found.text) == (expected.tokens, expected.text)
+        assert [c.logprobs for c in found.chunks if c.logprobs] == [c.logprobs for c in expected.chunks if c.logprobs]
+        assert found.chunks[-1].embedding == expected.chunks[-1].embedding
+        usage = found.chunks[-1].usage
+        assert usage is not None
+        assert (usage.prompt, usage.completion) == (len(visit.prompt), len(found.tokens))
+
+
+def count(engine: Engine, name: str) -> float:
+    return next(
+        sample.value for family in engine.metrics.registry.collect() for sample in family.samples if sample.name == name
+    )
+
+
+def test_a_full_pool_puts_the_last_comer_back_and_it_goes_on() -> None:
+    runner = FakeRunner(6)
+    engine = make_engine(runner, speculate=False)
+    requests = [ask([n] * 20, max_tokens=200, temperature=0.5, seed=n, ignore_eos=True) for n in (1, 2, 3)]
+    engine.submit(*requests)
+    while not engine.idle:
+        engine.step()
+        assert engine.scheduler.running == [r for r in requests if r in engine.scheduler.running], "order of arrival"
+    assert count(engine, "vllm:num_preemptions_total") > 0
+    assert [len(channel(r).tokens) for r in requests] == [200] * 3
+    assert [r.usage.completion for r in requests] == [200] * 3
+    assert count(engine, "vllm:prefix_cache_queries_total") == 60 == count(engine, "vllm:prompt_tokens_total")
+    assert requests[0].last_token is not None
+    assert all(r.last_token is not None and r.last_token > requests[0].last_token for r in requests[1:])
+
+
+def test_a_preempted_embedding_starts_again() -> None:
+    engine = make_engine(FakeRunner(6), chunk=1)
+    running = ask([1] * 20, max_tokens=150, temperature=0.5, seed=1, ignore_eos=True)
+    finish(engine, running, embedding := ask([2, 3] * 100, embed=True))
+    finish(make_engine(FakeRunner(20)), alone := ask([2, 3] * 100, embed=True))
+    assert count(engine, "vllm:num_preemptions_total") == 1
+    assert channel(embedding).chunks[-1].embedding == channel(alone).chunks[-1].embedding
+
+
+def test_drafts_take_no_place_that_is_not_there() -> None:
+    """Both reach the end of their first block, and there is one more for the two of them."""
+    prompts = [[n, 2, 3, 4, 5, 6] * 6 for n in (7, 8)]
+    tokens = [
+        finish(engine, *[ask(prompt, max_tokens=60, temperature=0, ignore_eos=True) for prompt in prompts])
+        for engine in (make_engine(FakeRunner(3, lean=20.0)), make_engine(FakeRunner(20, lean=20.0), speculate=False))
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    engine = make_engine(FakeRunner(2))
+    with pytest.raises(InvalidRequest, match=r"128 tokens and a request can have 128.*--kv-budget-mib"):
+        engine.submit(ask([1] * 128))
+    finish(engine, ask([1] * 127, max_tokens=5))
+
+
+def test_drafts_save_steps_and_change_nothing() -> None:
+    prompt = [1, 2, 3, 4, 5, 6] * 5
+    tokens, steps = [], []
+    for speculate in (False, True):
+        runner = FakeRunner(20, lean=20.0)
+        engine = make_engine(runner, speculate=speculate)
+        tokens += finish(engine, ask(prompt, max_tokens=60, temperature=0.2, seed=1, ignore_eos=True))
+        steps.append(len(runner.sizes))
+    assert tokens[0] == tokens[1]
+    assert steps[0] == 60
+    assert steps[1] < 15
+    drafted, accepted = (count(engine, f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
+    assert accepted == 60 - steps[1]
+    assert drafted >= accepted
+
+
+def test_a_client_that_leaves_amid_accepted_drafts_gets_no_more() -> None:
+    engine = make_engine(FakeRunner(20, lean=20.0))
+    request = ask([1, 2, 3, 4, 5, 6] * 5, max_tokens=60, temperature=0, ignore_eos=True)
+
+    class Leaves(ListChannel):
+        @property
+        def closed(self) -> bool:  # type: ignore[override]
+            return len(request.output) >= 12
+
+        @closed.setter
+        def closed(self, value: bool) -> None: ...
+
+    request.channel = Leaves()
+    finish(engine, request)
+    assert request.finish_reason == "abort"
+    assert len(request.output) == len(channel(request).tokens) == 12
+
+
+def test_drafts_that_fail_are_given_up() -> None:
+    """Repetitive prompts, but a model that never does what they foretell."""
+    runner = FakeRunner(20, lean=-20.0)
+    engine = make_engine(runner, per_token=0.2)
+    finish(engine, ask([1, 2] * 20, max_tokens=200, temperature=1, seed=1, ignore_eos=True))
+    assert count(engine, "vllm:spec_decode_num_draft_tokens_total") < 30
+
+
+def test_prompts_leave_running_requests_their_pace() -> None:
+    """A step may take twice as long as without prompts: at 1 + 0.0199 per token, 51 more tokens beside one row."""
+    runner = FakeRunner(20)
+    engine = make_engine(runner, chunk=128, speculate=False, per_token=0.0199)
+    finish(engine, ask([7] * 30, max_tokens=2, temperature=0))  # shows what steps cost
+    engine.submit(ask([1, 2], max_tokens=30, temperature=0, ignore_eos=True))
+    engine.step()
+    runner.sizes.clear()
+    late = ask([3] * 200, max_tokens=2, temperature=0)
+    engine.submit(late)
+    while late.prefilling:
+        engine.step()
+    assert runner.sizes == [52, 52, 52, 1 + 200 - 3 * 51]
+
+
+def test_alone_a_prompt_gets_whole_chunks_and_several_share_one() -> None:
+    runner = FakeRunner(20)
+    engine = make_engine(runner, chunk=128)
+    finish(engine, *[ask([n] * 60, max_tokens=1, temperature=0) for n in (1, 2, 3)])
+    assert runner.sizes == [128, 52]
+
+
+def test_before_anything_is_known_prompts_advance_by_little() -> None:
+    runner = FakeRunner(20)
+    engine = make_engine(runner, speculate=False)
+    engine.submit(ask([1], max_tokens=30, temperature=0, ignore_eos=True))
+    engine.step()
+    engine.submit(ask([2] * 100, max_tokens=1, temperature=0))
+    engine.step()
+    assert runner.sizes == [1, 1 + LEAST_CHUNK]
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    runner = FakeRunner(20)
+    engine = make_engine(runner)
+    first = ask([1, 2] * 40, max_tokens=60, temperature=0, ignore_eos=True)
+    (tokens,) = finish(engine, first)
+    runner.sizes.clear()
+    turn = ask([*first.prompt, *tokens, 3], max_tokens=1, temperature=0)  # a conversation goes on
+    finish(engine, turn)
+    assert turn.cached == 2 * BLOCK
+    assert runner.sizes == [len(turn.prompt) - 2 * BLOCK]
