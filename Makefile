@@ -17,10 +17,10 @@ SYSTEM_PACKAGES := chromium chromium-driver prometheus strace
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-run: $(MODEL)/manifest.json ## serve the default model; HTTP_PORT= and GRPC_PORT= move it, Ctrl-C drains it
+run: serve/kernels/build/stamp $(MODEL)/manifest.json ## serve the default model; HTTP_PORT= and GRPC_PORT= move it, Ctrl-C drains it
 	@exec $(PY) -m serve --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
 
-test: lint ## lint, then every test that needs no Debian package
+test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debian package
 	$(PY) -m pytest -n 2 -m "not system"
 
 test-system: .venv/dev.stamp ## the tests that need Chromium, Prometheus or strace, which it installs with apt when missing
@@ -39,8 +39,8 @@ lint: .venv/dev.stamp ## ruff and mypy
 proto: .venv/dev.stamp ## generate the gRPC stubs from proto/inference.proto
 	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. proto/inference.proto
 
-clean: ## remove what can be made again: models, caches, the virtual environment
-	rm -rf .venv models .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove what can be made again: models, the native operators, caches, the virtual environment
+	rm -rf .venv models serve/kernels/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: asked for beside others, pip may take a newer build with gigabytes of CUDA.
@@ -55,6 +55,11 @@ clean: ## remove what can be made again: models, caches, the virtual environment
 .venv/dev.stamp: .venv/build.stamp requirements/dev.txt
 	$(PIP) -r requirements/dev.txt
 	@touch $@
+
+# Without a compiler the server runs the stock graph and says so.
+serve/kernels/build/stamp: $(wildcard serve/kernels/*.*) serve/native.py | .venv/build.stamp
+	@$(PY) -m serve.native || true
+	@mkdir -p $(@D) && touch $@
 
 models/base/config.json: | .venv/build.stamp
 	$(PY) -m compress import-base models/base

@@ -47,6 +47,9 @@ def library() -> Path:
     path = BUILT / f"{digest()}.so"
     if not path.exists():
         build(path)
+        for old in BUILT.glob("*.so"):
+            if old != path:
+                old.unlink(missing_ok=True)
     if not instruction_set(path):
         raise NativeUnavailable("this processor has no AVX2")
     return path

@@ -24,8 +24,8 @@ constexpr int kPrefetch = 1024;  // bytes ahead, where a single row streams thro
 
 enum Sign { kUnsignedRows, kSignedRows };
 
-// The arguments of a product: out[r * out_stride + 16 b + n] = (or +=, if `accumulate`) the sum over k < depth of
-// rows[r * stride + k] * blocks[b][16 k + 4 n + k % 4 ...].
+// out[r * out_stride + 16 b + n] = (or +=, if `accumulate`) the sum over k < depth of the k-th byte of row r times that
+// of output n in block b.
 struct Product {
   const uint8_t* rows;
   int stride, count;
@@ -83,29 +83,23 @@ template <Sign SIGN, int BLOCKS> void dots_of_panel(const Product& p, const uint
 }
 
 #if defined(PAWL_AMX)
-// Up to 32 rows by two blocks in tiles 0 to 3. Reads whole groups of 16 rows: the memory must be there.
+// One or two blocks, 32 rows at a time: sums in tiles 0 to 3, rows in 4 and 5, blocks in 6 and 7. Reads whole groups of
+// 16 rows: the memory must be there.
 template <Sign SIGN> void dots_in_tiles(const Product& p, const uint8_t* const* blocks, int at, int width) {
-  alignas(64) static thread_local int32_t spare[16 * kLanes];  // where a tile's rows reach beyond the last one
-#define TILE_OUT(row, b) (p.out + (size_t)(row) * p.out_stride + (at + (b)) * kLanes)
-#define TILE_DOT(c, a, b)               \
-  do {                                  \
-    if (SIGN == kUnsignedRows)          \
-      TILE_DOT_US(c, a, b);             \
-    else                                \
-      TILE_DOT_SU(c, a, b);             \
-  } while (0)
-  // Sums of one tile to where they belong; only rows that exist.
-  auto put = [&](int row, int b) {
+#define TILE_DOT(c, a, b) do { if (SIGN == kUnsignedRows) TILE_DOT_US(c, a, b); else TILE_DOT_SU(c, a, b); } while (0)
+  alignas(64) int32_t sums[16 * kLanes];
+  auto put = [&](int row, int b) {  // a tile's sums to where they belong; only of rows that exist
     for (int r = 0; r < std::min(16, p.count - row); r++) {
-      int32_t* out = TILE_OUT(row + r, b);
-      I sum = load(spare + r * kLanes);
+      int32_t* out = p.out + (size_t)(row + r) * p.out_stride + (at + b) * kLanes;
+      I sum = load(sums + r * kLanes);
       store(out, p.accumulate ? add(load(out), sum) : sum);
     }
   };
+  const uint8_t *first = blocks[at], *second = blocks[at + width - 1];
+  const bool pair = width > 1;
   for (int row = 0; row < p.count; row += 32) {
     const uint8_t *low = p.rows + (size_t)row * p.stride, *high = low + (size_t)16 * p.stride;
-    bool both = row + 16 < p.count, pair = width > 1;
-    const uint8_t *first = blocks[at], *second = blocks[at + width - 1];
+    const bool both = row + 16 < p.count;
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -124,23 +118,12 @@ template <Sign SIGN> void dots_in_tiles(const Product& p, const uint8_t* const* 
         if (both) TILE_DOT(3, 5, 7);
       }
     }
-    TILE_STORE(0, spare, 64);
-    put(row, 0);
-    if (pair) {
-      TILE_STORE(1, spare, 64);
-      put(row, 1);
-    }
-    if (both) {
-      TILE_STORE(2, spare, 64);
-      put(row + 16, 0);
-    }
-    if (both && pair) {
-      TILE_STORE(3, spare, 64);
-      put(row + 16, 1);
-    }
+#define TILE_PUT(t, row, b) do { TILE_STORE(t, sums, 64); put(row, b); } while (0)
+    TILE_PUT(0, row, 0);
+    if (pair) TILE_PUT(1, row, 1);
+    if (both) TILE_PUT(2, row + 16, 0);
+    if (both && pair) TILE_PUT(3, row + 16, 1);
   }
-#undef TILE_OUT
-#undef TILE_DOT
 }
 #else
 struct TileScope {

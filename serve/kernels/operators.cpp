@@ -163,7 +163,6 @@ Batch batch_of(const ort::Tensor& segments, int64_t tokens, int64_t positions) {
 
 struct LinearKernel {
   Linear l;
-  int residual = 0;  // the input's index
 
   LinearKernel(const Info& info, int bits) {
     l.bits = bits;
@@ -190,17 +189,16 @@ struct LinearKernel {
     l.norm_weight = info.constant<float>(4, "norm", l.inputs, l.norm != kNoNorm);
     l.norm_bias = info.constant<float>(5, "norm_bias", l.inputs, false);
     l.bias = info.constant<float>(6, "bias", bias, false);
-    residual = 7;
   }
 
   void run(OrtKernelContext* context, const Pool& pool) const {
-    ort::Tensor x = ort::input(context, 0), more = ort::input(context, residual);
+    ort::Tensor x = ort::input(context, 0), residual = ort::input(context, 7);
     check(x.data && x.rank == 2 && x.dims[1] == l.inputs, "x must be [rows, inputs]");
-    check(!more.data || (more.rank == 2 && more.dims[0] == x.dims[0] && more.dims[1] == l.outputs),
+    check(!residual.data || (residual.rank == 2 && residual.dims[0] == x.dims[0] && residual.dims[1] == l.outputs),
           "residual must be [rows, outputs]");
     float* y = ort::output<float>(context, 0, {x.dims[0], l.outputs});
     check(y, "no memory for the output");
-    instruction_set()->linear(l, (const float*)x.data, (const float*)more.data, y, (int)x.dims[0], pool);
+    instruction_set()->linear(l, (const float*)x.data, (const float*)residual.data, y, (int)x.dims[0], pool);
   }
 };
 struct Linear8Kernel : LinearKernel {
