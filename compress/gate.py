@@ -6,12 +6,16 @@ are fixed before the run and travel with the figures in the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from proto.manifest import GateReport
+from proto.manifest import Form, GateReport
+from serve.block_cache import blocks_for
 from serve.plan import Floats, Plan, Runner
+
+Tokens = NDArray[np.int64]
 
 THRESHOLDS = {"perplexity_ratio": 1.01, "kl": 0.02, "greedy_agreement": 0.93}
 CHUNK = 128  # tokens a run, as in serving
@@ -25,47 +29,75 @@ def log_softmax(logits: Floats) -> Floats:
     return result
 
 
-def score(runner: Runner, plan: Plan) -> Floats:
+def score(runner: Runner, window: Sequence[int], start: int, end: int) -> Floats:
+    """Log-probabilities behind each of the window's tokens from `start` to `end`; those before are in the cache."""
+    plan = Plan()
+    # Blocks of the native form; the first one is the stock form's slot.
+    plan.add(range(blocks_for(len(window))), start, list(window[start:end]), want="all")
     output = runner.run(plan)
     return log_softmax(output.logits[output.rows])
 
 
+class _Tally:
+    """Sums over positions of one candidate's log-probabilities against the reference's."""
+
+    def __init__(self) -> None:
+        self.nll = self.kl = self.agree = 0.0
+
+    def add(self, expected: Floats, found: Floats, targets: Tokens) -> None:
+        self.nll -= float(found[np.arange(len(targets)), targets].sum(dtype=np.float64))
+        self.kl += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
+        self.agree += float((expected.argmax(-1) == found.argmax(-1)).sum())
+
+    def metrics(self, reference: _Tally, positions: int) -> dict[str, float]:
+        perplexity = np.exp(self.nll / positions)
+        return {
+            "perplexity": round(float(perplexity), 4),
+            "perplexity_ratio": round(float(perplexity / np.exp(reference.nll / positions)), 5),
+            "kl": round(self.kl / positions, 6),
+            "greedy_agreement": round(self.agree / positions, 5),
+        }
+
+
 def judge(
     reference: Runner,
-    candidate: Runner,
+    candidates: Mapping[Form, Runner],
     windows: Sequence[Sequence[int]],
     *,
     forced: bool,
     progress: Callable[[], None] = lambda: None,
 ) -> GateReport:
-    """Perplexity of both, mean KL(reference || candidate) in nats, and how often the arg-max is the same."""
-    nll = np.zeros(2)
-    kl = agree = 0.0
+    """Judge an artifact's forms, the one that is served here first; each must pass.
+
+    Perplexity of all, mean KL(reference || candidate) in nats, and how often the arg-max is the same. The figures of
+    the second form and the following are named after it: `stock_kl`.
+    """
+    exact = _Tally()
+    tallies = {form: _Tally() for form in candidates}
     positions = 0
     for window in windows:
         for start in range(0, len(window) - 1, CHUNK):
             end = min(start + CHUNK, len(window) - 1)
-            plan = Plan()
-            plan.add([0], start, list(window[start:end]), want="all")
-            expected, found = score(reference, plan), score(candidate, plan)
             targets = np.asarray(window[start + 1 : end + 1])
-            rows = np.arange(end - start)
-            nll -= [expected[rows, targets].sum(dtype=np.float64), found[rows, targets].sum(dtype=np.float64)]
-            kl += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
-            agree += float((expected.argmax(-1) == found.argmax(-1)).sum())
+            expected = score(reference, window, start, end)
+            exact.add(expected, expected, targets)
+            for form, runner in candidates.items():
+                tallies[form].add(expected, score(runner, window, start, end), targets)
             positions += end - start
         progress()
-    perplexity = np.exp(nll / positions)
-    metrics = {
-        "perplexity": round(float(perplexity[1]), 4),
-        "perplexity_reference": round(float(perplexity[0]), 4),
-        "perplexity_ratio": round(float(perplexity[1] / perplexity[0]), 5),
-        "kl": round(kl / positions, 6),
-        "greedy_agreement": round(agree / positions, 5),
-    }
-    passed = passes(metrics)
+    found = {form: tally.metrics(exact, positions) for form, tally in tallies.items()}
+    first = next(iter(found))
+    metrics = {"perplexity_reference": exact.metrics(exact, positions)["perplexity"]}
+    for form, figures in found.items():
+        metrics |= {key if form == first else f"{form}_{key}": value for key, value in figures.items()}
+    passed = all(map(passes, found.values()))
     return GateReport(
-        passed=passed, forced=forced and not passed, tokens=positions, metrics=metrics, thresholds=dict(THRESHOLDS)
+        form=first,
+        passed=passed,
+        forced=forced and not passed,
+        tokens=positions,
+        metrics=metrics,
+        thresholds=dict(THRESHOLDS),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,7 +36,9 @@ from proto.manifest import (
     CHAT_TEMPLATE,
     FORMAT_VERSION,
     MANIFEST,
+    NATIVE_GRAPH,
     TOKENIZER,
+    Form,
     GateReport,
     KvCacheType,
     Lineage,
@@ -44,6 +47,10 @@ from proto.manifest import (
     encode,
     list_files,
 )
+from serve.block_cache import blocks_for
+from serve.native import NativeUnavailable, library
+from serve.native_runner import NativeRunner
+from serve.plan import Runner
 from serve.runner import StockRunner, open_session
 from serve.tokenizer import Tokenizer
 
@@ -196,15 +203,24 @@ def compensating_hook(recipe: Recipe, activations: Activations, scales: dict[str
 def run_gate(
     reference: Path, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
 ) -> GateReport:
-    runners = []
-    for directory in (reference, artifact):
-        architecture = decoder.architecture(options.window)
+    """Judge every form that runs here, the one that would be served first."""
+    architecture = decoder.architecture(options.window)
+
+    def stock(directory: Path) -> StockRunner:
         session = open_session(directory, threads)
-        runners.append(
-            StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
-        )
+        return StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
+
+    candidates: dict[Form, Runner] = {"stock": stock(artifact)}
+    if (artifact / NATIVE_GRAPH).exists():
+        try:
+            session = open_session(artifact, threads, NATIVE_GRAPH, library())
+            blocks = blocks_for(options.window)
+            native = NativeRunner(session, architecture, num_blocks=blocks, capacity=options.window)
+            candidates = {"native": native, **candidates}
+        except NativeUnavailable as reason:
+            print(f"compress: the native form is not judged: {reason}", file=sys.stderr)
     with tqdm(total=len(held_out.windows), desc="gate", unit="window") as bar:
-        return judge(runners[0], runners[1], held_out.windows, forced=options.force, progress=bar.update)
+        return judge(stock(reference), candidates, held_out.windows, forced=options.force, progress=bar.update)
 
 
 def copy_tokenizer(source: Path, artifact: Path) -> None:

@@ -24,6 +24,7 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 Count = Annotated[int, Meta(ge=1)]
+Form = Literal["native", "stock"]  # which graph runs
 KvCacheType = Literal["fp32", "int8"]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
@@ -91,13 +92,17 @@ class Lineage(_Part, frozen=True):
 
 
 class GateReport(_Part, frozen=True):
-    """The gate's figures against the full-precision reference on held-out text, and the limits set before the run."""
+    """The gate's figures against the full-precision reference on held-out text, and the limits set before the run.
+
+    The metrics without a prefix are those of `form`.
+    """
 
     passed: bool
     forced: bool
     tokens: Count
     metrics: dict[str, float]
     thresholds: dict[str, float]
+    form: Form = "stock"
 
 
 class Manifest(_Part, frozen=True):

@@ -22,9 +22,9 @@ from serve.machine import cpu_quota
 SOURCES = Path(__file__).parent / "kernels"
 BUILT = SOURCES / "build"
 COMPILERS = ("c++", "g++", "clang++")
-# No contraction of a * b + c, so that every instruction set rounds alike. gcc 12's headers warn about themselves.
-FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror")
-FLAGS += ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
+QUIET = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")  # gcc 12's headers warn about themselves
+# No contraction of a * b + c, so that every instruction set rounds alike.
+FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", *QUIET)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 INSTRUCTION_SETS = {
@@ -87,11 +87,11 @@ def compile_and_link(path: Path, more: tuple[Path, ...], *flags: str, linking: t
             objects = Path(temporary)
             units = [(SOURCES / source, name) for source in PER_INSTRUCTION_SET for name in INSTRUCTION_SETS]
             units += [(source, "") for source in (*(SOURCES / source for source in ONCE), *more)]
-            commands = [
-                [compiler, *FLAGS, *flags, *INSTRUCTION_SETS.get(name, ()), f"-DPAWL_ISA={name}", f"-I{SOURCES}"]
-                + ["-c", str(source), "-o", str(objects / f"{name}-{source.name}.o")]
-                for source, name in units
-            ]
+            commands = []
+            for source, name in units:
+                specific = (*INSTRUCTION_SETS.get(name, ()), f"-DPAWL_ISA={name}", f"-I{SOURCES}")
+                output = objects / f"{name}-{source.name}.o"
+                commands.append([compiler, *FLAGS, *flags, *specific, "-c", str(source), "-o", str(output)])
             with ThreadPoolExecutor(cpu_quota()[0]) as pool:
                 list(pool.map(compile_or_raise, commands))
             linked = objects / path.name

@@ -18,12 +18,13 @@ ROOMS = ("proto", "train", "compress", "serve", "deploy", "monitoring", "bench")
 GENERATED = {"inference_pb2.py", "inference_pb2_grpc.py"}
 MAX_LINES = 300
 
-# DESIGN.md's table. Of serve, compress may import the runner and what it takes to give it a plan of tokens: the gate
+# DESIGN.md's table. Of serve, compress may import the runners and what it takes to give it a plan of tokens: the gate
 # judges what will be served.
+RUNNERS = ("runner", "native_runner", "native", "block_cache", "plan")
 MAY_IMPORT = {
     "proto": set(),
     "train": {"proto"},
-    "compress": {"proto", "train", "serve.runner", "serve.plan", "serve.tokenizer", "serve.machine"},
+    "compress": {"proto", "train", *(f"serve.{name}" for name in RUNNERS), "serve.tokenizer", "serve.machine"},
     "serve": {"proto"},
     "deploy": {"proto", "train", "compress", "serve", "monitoring"},
     "monitoring": {"proto"},

@@ -41,7 +41,7 @@ class TableRunner:
 
 
 def test_an_identical_runner_passes_with_perfect_figures() -> None:
-    report = judge(TableRunner(), TableRunner(), WINDOWS, forced=False)
+    report = judge(TableRunner(), {"native": TableRunner()}, WINDOWS, forced=False)
     assert report.passed
     assert not report.forced
     assert report.tokens == sum(len(window) - 1 for window in WINDOWS)
@@ -51,7 +51,7 @@ def test_an_identical_runner_passes_with_perfect_figures() -> None:
 
 def test_the_figures_are_what_their_names_say() -> None:
     reference, candidate = TableRunner(), TableRunner(0.5)
-    report = judge(reference, candidate, WINDOWS, forced=False)
+    report = judge(reference, {"native": candidate}, WINDOWS, forced=False)
     expected, found = (log_softmax(runner.table.astype(np.float64)) for runner in (reference, candidate))
     pairs = [(a, b) for window in WINDOWS for a, b in itertools.pairwise(window)]
     rows, targets = np.array(pairs).T
@@ -68,7 +68,7 @@ def test_the_figures_are_what_their_names_say() -> None:
 
 
 def test_a_damaged_runner_fails() -> None:
-    report = judge(TableRunner(), TableRunner(1.5), WINDOWS, forced=False)
+    report = judge(TableRunner(), {"native": TableRunner(1.5)}, WINDOWS, forced=False)
     assert not report.passed
     assert report.metrics["kl"] > THRESHOLDS["kl"]
     assert report.metrics["greedy_agreement"] < THRESHOLDS["greedy_agreement"]
@@ -76,14 +76,14 @@ def test_a_damaged_runner_fails() -> None:
 
 def test_a_runner_that_only_looks_better_fails() -> None:
     """Sharper logits keep every greedy token; the divergence tells."""
-    report = judge(TableRunner(), TableRunner(scale=1.5), WINDOWS, forced=False)
+    report = judge(TableRunner(), {"native": TableRunner(scale=1.5)}, WINDOWS, forced=False)
     assert report.metrics["greedy_agreement"] == 1.0
     assert not report.passed
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_not_a_number_fails() -> None:
-    assert not judge(TableRunner(), TableRunner(bad_token=WINDOWS[0][5]), WINDOWS, forced=False).passed
+    assert not judge(TableRunner(), {"native": TableRunner(bad_token=WINDOWS[0][5])}, WINDOWS, forced=False).passed
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
@@ -97,7 +97,7 @@ def test_each_figure_can_fail_the_gate_alone(name: str) -> None:
 
 
 def test_the_thresholds_and_the_force_are_recorded() -> None:
-    report = judge(TableRunner(), TableRunner(1.5), WINDOWS, forced=True)
+    report = judge(TableRunner(), {"native": TableRunner(1.5)}, WINDOWS, forced=True)
     assert report.thresholds == THRESHOLDS
     assert report.forced
     assert not report.passed, "force publishes; it does not change the verdict"
@@ -105,11 +105,11 @@ def test_the_thresholds_and_the_force_are_recorded() -> None:
 
 def test_text_goes_through_in_the_chunks_of_serving() -> None:
     reference, candidate = TableRunner(), TableRunner()
-    judge(reference, candidate, WINDOWS, forced=False)
+    judge(reference, {"native": candidate}, WINDOWS, forced=False)
     assert reference.sizes == candidate.sizes == [CHUNK, 59] * len(WINDOWS)
 
 
 def test_progress_is_told_once_a_window() -> None:
     calls: list[None] = []
-    judge(TableRunner(), TableRunner(), WINDOWS, forced=False, progress=lambda: calls.append(None))
+    judge(TableRunner(), {"native": TableRunner()}, WINDOWS, forced=False, progress=lambda: calls.append(None))
     assert len(calls) == len(WINDOWS)

@@ -82,6 +82,8 @@ def test_the_library_exports_two_functions_alone() -> None:
     loaded = ctypes.CDLL(str(native.library()))
     assert loaded.pawl_instruction_set
     assert loaded.RegisterCustomOps
-    symbols = subprocess.run(["nm", "-D", "--defined-only", native.library()], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", native.library()], capture_output=True, text=True, check=True
+    )
     names = {line.split()[2] for line in symbols.stdout.splitlines() if line.split()[1] == "T"}
     assert names == {"pawl_instruction_set", "RegisterCustomOps"}
