@@ -28,11 +28,12 @@ from compress.levels import Weight4, Weight8, round_by_group, round_to_nearest
 from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
 from compress.precisions import FLOAT, precision_of
 from compress.rope import tables
+from compress.rotation import rotate
 from compress.weight_file import WeightFile
 from compress.weights import Tensors, Weights
 from proto.manifest import Precision, Recipe
 
-# (product, weight [N, K] after migration) -> its levels and scales, or None for round to nearest
+# (product, weight [N, K] after migration and rotation) -> its levels and scales, or None for round to nearest
 WeightHook = Callable[[str, Floats], Weight8 | Weight4 | None]
 
 
@@ -76,6 +77,8 @@ def write_weight(
     if precision == FLOAT:
         file.add(f"{product}.weight", weight.T)
         return
+    if precision.rotated:
+        weight = rotate(weight)
     rounded = hook(product, weight) if hook else None
     if rounded is None:
         bits = precision.weight_bits

@@ -13,7 +13,7 @@ from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import WeightHook, write_constants
 from compress.families import Decoder, describe
 from compress.native import NativeGraph, has_native_form
-from compress.precisions import PRECISIONS, precision_of
+from compress.precisions import PRECISIONS, name_of, precision_of
 from compress.stock import ACTIVATIONS, StockGraph, Tap
 from compress.weight_file import WeightFile
 from compress.weights import Weights
@@ -67,10 +67,7 @@ def _check_recipe(recipe: Recipe, decoder: Decoder) -> None:
         if name != "default" and name not in decoder.products:
             raise ValueError(f"recipe {recipe.name} names product {name}; there are {', '.join(decoder.products)}")
         if precision not in PRECISIONS:
-            offered = ", ".join(f"({p.weight_bits}, {p.activation_bits})" for p in dict.fromkeys(PRECISIONS))
-            raise ValueError(
-                f"recipe {recipe.name} gives {name} ({precision.weight_bits}, {precision.activation_bits}) bits of "
-                f"weight and activation; there are {offered}"
-            )
+            offered = ", ".join(dict.fromkeys(map(name_of, PRECISIONS)))
+            raise ValueError(f"recipe {recipe.name} gives {name} {name_of(precision)}; there are {offered}")
     if decoder.tied and precision_of(recipe, "head").weight_bits == 4:
         raise ValueError(f"recipe {recipe.name} gives the head 4-bit weights, which are the embedding too: give it 8")

@@ -80,8 +80,9 @@ class NativeGraph:
         """The residual stream's start, [tokens, hidden]."""
         g, d = self.graph, self.decoder
         matrix = "head" if d.tied else "embedding"
+        rotate = int(d.tied and precision_of(self.recipe, "head").rotated)
         inputs = ["input_ids", f"{matrix}.weight", f"{matrix}.scale", "segments", g.stored("positions.weight")]
-        return self._node("Embed", inputs, "embedding", hidden=d.hidden_size)
+        return self._node("Embed", inputs, "embedding", hidden=d.hidden_size, rotate=rotate)
 
     def _linear(
         self, name: str, x: str, *, norm: str = "", activation: int = 0, residual: str = "", output: str = ""
@@ -96,6 +97,7 @@ class NativeGraph:
             "outputs": num_outputs // d.parts(role),
             "norm": NORMS[d.family.norm] if norm else 0,
             "epsilon": d.epsilon,
+            "rotate": int(precision.rotated),
             "activation": activation,
         }
         if precision.weight_bits == 4:
@@ -103,7 +105,6 @@ class NativeGraph:
             attributes["group"] = precision.group
         else:
             op, third = "Linear8", f"{name}.sums"
-            attributes["planes"] = precision.activation_bits // 8
         norms = [g.stored(f"{norm}.weight"), g.stored(f"{norm}.bias")] if norm else ["", ""]
         inputs = [x, f"{name}.weight", f"{name}.scale", third, *norms, g.stored(f"{name}.bias"), residual]
         return self._node(op, inputs, output or name, **attributes)

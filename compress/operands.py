@@ -30,12 +30,17 @@ class Operand(NamedTuple):
 
 
 def load(graph: GraphBuilder, name: str, precision: Precision, shape: tuple[int, int], parts: int = 1) -> Operand:
-    """The stored weight [N, K] of a product. Call it once for each."""
+    """The stored weight [N, K] of a product, or of the padded K where it is rotated. Call it once for each."""
     if precision == FLOAT:
         return Operand(f"{name}.weight")
-    if precision.weight_bits == 8:
-        return Operand(int8_columns(graph, name, shape, parts), row_values(graph, f"{name}.scale", shape[0], parts))
     num_outputs, num_inputs = shape
+    if precision.rotated:
+        num_inputs = pad(num_inputs, DEPTH)
+    if precision.weight_bits == 8:
+        return Operand(
+            int8_columns(graph, name, (num_outputs, num_inputs), parts),
+            row_values(graph, f"{name}.scale", num_outputs, parts),
+        )
     group = precision.group
     groups, padded_groups = -(-num_inputs // group), pad(num_inputs, DEPTH) // group
     rows = pad(num_outputs // parts, TILE)

@@ -29,6 +29,7 @@ from compress.gate import judge
 from compress.levels import Weight4, Weight8
 from compress.precisions import FLOAT, precision_of
 from compress.recipes import make_recipe
+from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
 from compress.smoothing import search_layer
 from compress.weights import Weights
@@ -191,10 +192,14 @@ def compensating_hook(recipe: Recipe, activations: Activations, scales: dict[str
     def round_weight(product: str, weight: Floats) -> Weight8 | Weight4 | None:
         if product not in activations.moments:
             return None  # the head, which may be the embedding too
-        scale = scales.get(product, np.ones(weight.shape[1], np.float32))
-        moment = activations.moments[product] / np.outer(scale, scale)
-        if group := precision_of(recipe, product).group:
-            return round_by_group_compensating(weight, moment, group)
+        precision = precision_of(recipe, product)
+        moment = activations.moments[product]
+        if product in scales:
+            moment = moment / np.outer(scales[product], scales[product])
+        if precision.rotated:
+            moment = rotate(rotate(moment).T)
+        if precision.group:
+            return round_by_group_compensating(weight, moment, precision.group)
         return round_compensating(weight, moment)
 
     return round_weight

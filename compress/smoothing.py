@@ -66,13 +66,13 @@ def search_scale(
 def search_layer(
     decoder: Decoder, weights: Weights, layer: int, inputs: Mapping[str, Floats], recipe: Recipe
 ) -> dict[str, Floats]:
-    """Scales of a layer's products that read 8-bit activations; finer ones need no migration."""
+    """Scales of a layer's products that read 8-bit activations as they are; rotated ones need no migration."""
     scales: dict[str, Floats] = {}
     for role in ("qkv", "o", decoder.up, "down"):
         product = f"layers.{layer}.{role}"
         foldable = role != "down" or decoder.family.gated
         precision = precision_of(recipe, product)
-        if foldable and precision.activation_bits == 8:
+        if foldable and precision.activation_bits == 8 and not precision.rotated:
             weight, _ = weights.product(layer, role)
             scales[product] = search_scale(decoder, product, inputs[product], weight, precision)
     return scales

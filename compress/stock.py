@@ -21,8 +21,9 @@ from onnx import TensorProto
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.graph import MICROSOFT, GraphBuilder
-from compress.linear import multiply
+from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
+from compress.packing import DEPTH, pad
 from compress.precisions import FLOAT, precision_of
 from compress.weight_file import WeightFile
 from proto.manifest import GRAPH, Recipe
@@ -89,6 +90,8 @@ class StockGraph:
             columns = g.node("Gather", [head.weight, "input_ids"], "embedding.columns", axis=1)
             levels = g.node("Transpose", [columns], "embedding.levels", perm=[1, 2, 0])
             x = self._dequantize(levels, head.scale)
+            if precision.rotated:
+                x = self._rotate_back(x)
         else:
             matrix = int8_rows(g, "embedding", d.shape("head"))
             levels = g.node("Gather", [matrix, "input_ids"], "embedding.levels")
@@ -103,6 +106,15 @@ class StockGraph:
         scale = g.node("Unsqueeze", [scale, last], "embedding.scale_of_row")
         rows = g.node("Cast", [levels], "embedding.rows", to=TensorProto.FLOAT)
         return g.node("Mul", [rows, scale], "embedding")
+
+    def _rotate_back(self, x: str) -> str:
+        """Rotated token rows as they were: the rotation is its own inverse. Drops the padding."""
+        g, d = self.graph, self.decoder
+        x = rotate_value(g, "embedding", x, pad(d.hidden_size, DEPTH))
+        if d.hidden_size % DEPTH == 0:
+            return x
+        start, end = (g.shared(f"embedding.{n}", np.array([n], np.int64)) for n in (0, d.hidden_size))
+        return g.node("Slice", [x, start, end, g.shared("axis.last", np.array([-1], np.int64))], "embedding.cut")
 
     def _add_positions(self, x: str) -> str:
         """Add the learned embeddings of positions past + 0, past + 1, ...; past = seqlens_k + 1 - sequence.

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from proto.manifest import Manifest, Precision
-
-
-def precision(p: Precision) -> str:
-    return f"W{p.weight_bits}A{p.activation_bits}" if p.weight_bits < 32 else "fp32"
+from compress.precisions import name_of
+from proto.manifest import Manifest
 
 
 def summarize(manifest: Manifest) -> str:
     """A readable page about an artifact."""
     a = manifest.architecture
-    raised = Counter(precision(p) for p in manifest.recipe.products.values())
+    raised = Counter(name_of(p) for p in manifest.recipe.products.values())
     lines = [
         f"{manifest.name}  ({manifest.digest[:12]}, format {manifest.format_version}, for {manifest.target})",
         f"  {a.family}: {a.num_layers} layers, hidden {a.hidden_size}, {a.num_heads} query and {a.num_kv_heads} KV "
         f"heads of {a.head_size}, vocabulary {a.vocab_size}, context {a.max_context}",
-        f"  recipe {manifest.recipe.name}: products {precision(manifest.recipe.default)}"
+        f"  recipe {manifest.recipe.name}: products {name_of(manifest.recipe.default)}"
         + "".join(f", {count} of them {name}" for name, count in raised.items()),
         f"  KV cache {manifest.kv_cache}: {manifest.kv_bytes_per_token} bytes a token",
         "  files",
@@ -34,5 +31,5 @@ def summarize(manifest: Manifest) -> str:
             limit = f"  limit {gate.thresholds[name]:g}" if name in gate.thresholds else ""
             lines.append(f"    {name:24} {value:>10.5g}{limit}")
     for product, p in sorted(manifest.recipe.products.items()):
-        lines.append(f"    {product:24} {precision(p)}")
+        lines.append(f"    {product:24} {name_of(p)}")
     return "\n".join(lines)

@@ -56,8 +56,9 @@ class Precision(_Part, frozen=True, omit_defaults=True):
     """How one product's operands are held: bits of weights and of activations (32: float)."""
 
     weight_bits: Literal[4, 8, 32]
-    activation_bits: Literal[8, 16, 32]
+    activation_bits: Literal[8, 16, 32]  # 16: artifacts made before there was rotation
     group: Literal[0, 32, 64] = 0  # neighbouring inputs that share the scale of a 4-bit weight; 0: a row has one scale
+    rotated: bool = False  # the inputs, and the weight's columns, are rotated before they are rounded (docs/native.md)
 
     def __post_init__(self) -> None:
         """Raises ValueError if a 4-bit weight has no groups, or another one has."""

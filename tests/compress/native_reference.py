@@ -1,4 +1,7 @@
-"""The native graph in numpy, node by node, for one segment without a past, with float keys and values."""
+"""The native graph in numpy, node by node, for one segment without a past.
+
+Keys and values are floats, or, if a `cache` is given, rounded as it would hold them; it is neither read nor written.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from compress.packing import drop_rows, unpack_groups, unpack_int4, unpack_int8
+from compress.packing import drop_rows, pad, unpack_groups, unpack_int4, unpack_int8
+from compress.rotation import rotate as spread
 
 Array = NDArray[Any]
 
@@ -31,17 +35,27 @@ def run_native(directory: Path, tokens: Sequence[int], rows: Sequence[int], **in
     return values
 
 
-def embed(ids: Array, weight: Array, scale: Array, segments: Array, positions: Array | None = None, *, hidden: int):
-    levels = unpack_int8(weight, (len(weight) * 16, hidden))
+def embed(
+    ids: Array,
+    weight: Array,
+    scale: Array,
+    segments: Array,
+    positions: Array | None = None,
+    *,
+    hidden: int,
+    rotate: int,
+):
+    levels = unpack_int8(weight, (len(weight) * 16, pad(hidden, 64)))
     x = levels[ids] * scale[ids, None]
+    x = (spread(x) if rotate else x)[:, :hidden]
     return x if positions is None else x + positions[: len(ids)]
 
 
-def linear8(x: Array, weight: Array, scale: Array, sums: Array, *optional: Array, planes: int, **attributes: Any):
+def linear8(x: Array, weight: Array, scale: Array, sums: Array, *optional: Array, **attributes: Any):
     shape, parts = product_of(attributes)
     levels = unpack_int8(weight, shape, parts)
     np.testing.assert_array_equal(drop_rows(sums, shape[0], parts), levels.sum(axis=1, dtype=np.int64))
-    return linear(x, levels * drop_rows(scale, shape[0], parts)[:, None], planes, *optional, **attributes)
+    return linear(x, levels * drop_rows(scale, shape[0], parts)[:, None], *optional, **attributes)
 
 
 def linear4(x: Array, weight: Array, scale: Array, zero: Array, *optional: Array, group: int, **attributes: Any):
@@ -50,19 +64,19 @@ def linear4(x: Array, weight: Array, scale: Array, zero: Array, *optional: Array
         np.repeat(unpack_groups(v, shape, group, parts).astype(np.float32), group, axis=1)[:, : shape[1]]
         for v in (scale, zero)
     )
-    return linear(x, scales * (unpack_int4(weight, shape, parts) - zeros), 1, *optional, **attributes)
+    return linear(x, scales * (unpack_int4(weight, shape, parts) - zeros), *optional, **attributes)
 
 
 def product_of(attributes: dict[str, Any]) -> tuple[tuple[int, int], int]:
     """Rows and columns of the weight, and how many parts it has."""
     parts = 2 if attributes["activation"] == 1 else 1
-    return (parts * attributes["outputs"], attributes["inputs"]), parts
+    columns = pad(attributes["inputs"], 64) if attributes["rotate"] else attributes["inputs"]
+    return (parts * attributes["outputs"], columns), parts
 
 
 def linear(
     x: Array,
     weight: Array,
-    planes: int,
     norm_weight: Array | None = None,
     norm_bias: Array | None = None,
     bias: Array | None = None,
@@ -72,6 +86,7 @@ def linear(
     outputs: int,
     norm: int,
     epsilon: float,
+    rotate: int,
     activation: int,
 ) -> Array:
     assert x.shape[1] == inputs
@@ -79,7 +94,7 @@ def linear(
         x = rms_norm(x, norm_weight, epsilon=epsilon)
     elif norm == 2:
         x = layer_norm(x, norm_weight, norm_bias, epsilon=epsilon)
-    y = round_rows(x, planes) @ weight.T
+    y = round_rows(spread(x) if rotate else x) @ weight.T
     if bias is not None:
         y = y + bias
     if activation == 1:
@@ -89,13 +104,10 @@ def linear(
     return y if residual is None else y + residual
 
 
-def round_rows(x: Array, planes: int) -> Array:
-    """What one or two int8 planes hold of each row."""
-    step = np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-30) / 127
-    first = np.rint(x / step)
-    if planes == 1:
-        return first * step
-    return first * step + np.rint((x - first * step) / (step / 254)) * (step / 254)
+def round_rows(x: Array) -> Array:
+    """What int8 holds of each row."""
+    step = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
+    return np.rint(x / step) * step
 
 
 def rms_norm(x: Array, weight: Array, *, epsilon: float, axis: int = -1) -> Array:
@@ -133,6 +145,8 @@ def attend(
     if cos is not None:
         assert not interleaved
         q, k = (rotate(y, cos[:count], sin[:count]) for y in (q, k))
+    if cache is not None:
+        k, v = round_rows(k), round_rows(v)
     k, v = (np.repeat(y, heads // kv_heads, axis=0) for y in (k, v))
     distance = np.arange(count)[:, None] - np.arange(count)
     hidden = (distance < 0) | ((distance >= window) if window else False)

@@ -143,7 +143,10 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tiny, make_graph, tmp
         ({"max_context": 200}, "max_context 200 is more than the 128"),
         ({"kv": "int8"}, "kv_scales must be given"),
         ({"recipe": Recipe(name="r", default=FLOAT, products={"layers.9.o": FLOAT})}, r"names product layers\.9\.o"),
-        ({"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))}, r"default \(8, 32\) bits"),
+        (
+            {"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))},
+            "default W8A32; there are fp32",
+        ),
         ({"recipe": Recipe(name="r", default=W4A8)}, "gives the head 4-bit weights, which are the embedding too"),
     ],
 )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from compress.checkpoint import Checkpoint
 from compress.decoder import build
 from compress.families import FAMILIES, describe
 from compress.native import cache_block_bytes
-from compress.precisions import FLOAT, W4A8, W4A8_GROUP64, W8A8, W8A16
+from compress.precisions import FLOAT, W4A8, W4A8_GROUP64, W4A8_ROTATED, W8A8, W8A8_ROTATED
 from compress.recipes import RECIPES, make_recipe
-from proto.manifest import Recipe
+from proto.manifest import Architecture, Recipe
+from serve import native
 from tests.compress.conftest import ROPE, Graph
 from tests.compress.native_reference import run_native
 
@@ -30,10 +33,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 window in one layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "yarn rope": ("llama", {"rope_parameters": YARN}),
 }
-MIXED = Recipe(name="mixed", default=W4A8_GROUP64, products={"head": W8A8, "layers.0.down": W8A16, "layers.1.o": W4A8})
+MIXED = Recipe(
+    name="mixed",
+    default=W4A8_GROUP64,
+    products={"head": W8A8, "layers.0.down": W8A8_ROTATED, "layers.0.qkv": W4A8_ROTATED, "layers.1.o": W4A8},
+)
+ROTATED = Recipe(name="rotated", default=W8A8_ROTATED)
 PRODUCTS = (*(f"layers.{i}.{role}" for i in (0, 1) for role in ("qkv", "o", "gate_up", "down")), "head")
-# ONNX Runtime's 4-bit product rounds activations by blocks, ours by rows.
-FAR = {"w8a8": 0.005, "w8a16": 1e-4, "w4a8": 0.05, "mixed": 0.05}
+# Some 1e-7, until a value halfway between two levels is rounded differently: in so small a model that alone is seen.
+# And ONNX Runtime's 4-bit product rounds activations by blocks, ours by rows.
+FAR = {"w8a8": 0.01, "rotated": 0.01, "w4a8": 0.05, "mixed": 0.05}
+
+
+@pytest.fixture(scope="session")
+def operators() -> Path:
+    """The library of the native operators."""
+    try:
+        return native.library()
+    except native.NativeUnavailable as error:
+        pytest.skip(str(error))
 
 
 def spread(found: np.ndarray, expected: np.ndarray) -> float:
@@ -41,19 +59,48 @@ def spread(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.square(found - expected).mean()) / expected.std())
 
 
+def build_case(case: str, recipe: str, tiny: Any, directory: Path) -> Architecture:
+    family, overrides = CASES[case]
+    checkpoint = Checkpoint(tiny(family, **overrides)[1])
+    made = {"mixed": MIXED, "rotated": ROTATED}.get(recipe) or make_recipe(recipe, describe(checkpoint))
+    return build(checkpoint, directory, made)
+
+
 @pytest.mark.parametrize("recipe", FAR)
 @pytest.mark.parametrize("case", CASES)
 def test_the_native_graph_gives_the_stock_graphs_logits(case, recipe, tiny, tokens, tmp_path):
-    family, overrides = CASES[case]
-    checkpoint = Checkpoint(tiny(family, **overrides)[1])
-    made = MIXED if recipe == "mixed" else make_recipe(recipe, describe(checkpoint))
-    architecture = build(checkpoint, tmp_path, made)
+    architecture = build_case(case, recipe, tiny, tmp_path)
     stock = Graph(tmp_path, architecture, slots=1)
     logits, hidden = stock.run(np.array([tokens]), [len(tokens)], outputs=("logits", "hidden"))
     rows = [3, 29, 0]
     native = run_native(tmp_path, tokens, rows)
     assert spread(native["logits"], logits[rows]) < FAR[recipe]
     assert spread(native["hidden"], hidden[rows]) < FAR[recipe]
+
+
+@pytest.mark.parametrize("recipe", FAR)
+@pytest.mark.parametrize("case", CASES)
+def test_the_operators_compute_what_the_graph_says(case, recipe, tiny, tokens, tmp_path, operators):
+    build_case(case, recipe, tiny, tmp_path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.register_custom_ops_library(str(operators))
+    session = ort.InferenceSession(tmp_path / "model.native.onnx", options, providers=["CPUExecutionProvider"])
+    (cache,) = (value.shape for value in session.get_inputs() if value.name == "cache")
+    rows = [3, 29, 0]
+    feeds = {
+        "input_ids": np.array(tokens),
+        "segments": np.array([[0, 0, len(tokens)]], np.int32),
+        "blocks": np.zeros((1, 1), np.int32),
+        "logits_rows": np.array(rows),
+        "hidden_rows": np.array(rows),
+        "temperature": np.ones(len(rows), np.float32),
+        "cache": np.zeros([1, *cache[1:]], np.uint8),
+    }
+    logits, hidden = session.run(["logits", "hidden"], feeds)
+    expected = run_native(tmp_path, tokens, rows, cache=feeds["cache"])
+    assert spread(logits, expected["logits"]) < 0.02
+    assert spread(hidden, expected["hidden"]) < 0.02
 
 
 def test_candidates_and_total_are_those_of_the_logits(tiny, tokens, tmp_path):

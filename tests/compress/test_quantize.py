@@ -14,7 +14,7 @@ import pytest
 from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
 from compress.gate import THRESHOLDS
-from compress.precisions import W8A8, W8A16
+from compress.precisions import W4A8_ROTATED, W8A8, W8A8_ROTATED
 from compress.quantize import Options
 from compress.recipes import RECIPES
 from proto.manifest import Manifest, Precision, load
@@ -99,18 +99,18 @@ def test_full_precision_with_a_full_precision_cache_is_the_reference(quantize: R
 
 
 @pytest.mark.usefixtures("any_figures_pass")
-def test_wider_activations_are_nearer_to_the_reference(quantize: Run, tmp_path: Path) -> None:
-    for recipe in ("w8a8", "w8a16"):
+def test_wider_weights_are_nearer_to_the_reference(quantize: Run, tmp_path: Path) -> None:
+    for recipe in ("w8a8", "w4a8"):
         assert quantize(tmp_path / recipe, "--recipe", recipe, "--kv", "fp32") == 0
-    assert judged(tmp_path / "w8a16")["kl"] < judged(tmp_path / "w8a8")["kl"]
+    assert judged(tmp_path / "w8a8")["kl"] < judged(tmp_path / "w4a8")["kl"]
 
 
 @pytest.mark.usefixtures("any_figures_pass")
-def test_heavy_tailed_products_get_wider_activations(quantize: Run, tmp_path: Path) -> None:
+def test_products_with_heavy_tailed_inputs_read_them_rotated(quantize: Run, tmp_path: Path) -> None:
     assert quantize(tmp_path / "tiny") == 0
     recipe = load(tmp_path / "tiny").recipe
     assert recipe.default == W8A8
-    assert recipe.products == {"head": W8A16, "layers.0.down": W8A16, "layers.1.down": W8A16}
+    assert recipe.products == dict.fromkeys(["layers.0.down", "layers.1.down", "head"], W8A8_ROTATED)
 
 
 @pytest.mark.usefixtures("any_figures_pass")
@@ -118,7 +118,7 @@ def test_4_bit_weights_are_in_groups_but_for_the_head(quantize: Run, tmp_path: P
     assert quantize(tmp_path / "tiny", "--recipe", "w4a8") == 0
     recipe = load(tmp_path / "tiny").recipe
     assert recipe.default == Precision(weight_bits=4, activation_bits=8, group=32)
-    assert recipe.products == {"head": W8A16}
+    assert recipe.products == dict.fromkeys(["layers.0.down", "layers.1.down"], W4A8_ROTATED) | {"head": W8A8_ROTATED}
 
 
 @pytest.mark.usefixtures("no_figures_pass")
@@ -151,7 +151,7 @@ def test_inspect_tells_the_recipe_and_the_figures(
     capsys.readouterr()
     assert compress("inspect", tmp_path / "tiny") == 0
     shown = capsys.readouterr().out
-    assert "recipe w8a8: products W8A8, 3 of them W8A16" in shown
+    assert "recipe w8a8: products W8A8, 3 of them W8A8 rotated" in shown
     assert "KV cache int8" in shown
     assert "gate passed on" in shown
     for name, value in judged(tmp_path / "tiny").items():

@@ -7,13 +7,13 @@ import pytest
 
 from compress.checkpoint import Checkpoint
 from compress.families import Decoder, describe
-from compress.recipes import W8A8, W8A16
+from compress.precisions import W8A8, W8A8_ROTATED
 from compress.smoothing import output_error, search_layer, search_scale
 from compress.weights import Weights, share_over_groups
 from proto.manifest import Recipe
 
-ALL_W8A8 = Recipe(name="narrow", default=W8A8)
-DOWN_RAISED = Recipe(name="mixed", default=W8A8, products={"layers.1.down": W8A16})
+ALL_W8A8 = Recipe(name="plain", default=W8A8)
+DOWN_ROTATED = Recipe(name="mixed", default=W8A8, products={"layers.1.down": W8A8_ROTATED})
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_query_heads_of_one_group_share_the_scales_of_o(llama) -> None:
     ("family", "recipe", "migrated"),
     [
         ("llama", ALL_W8A8, {"qkv", "o", "gate_up", "down"}),
-        ("llama", DOWN_RAISED, {"qkv", "o", "gate_up"}),
+        ("llama", DOWN_ROTATED, {"qkv", "o", "gate_up"}),
         ("gpt2", ALL_W8A8, {"qkv", "o", "fc"}),
-        ("llama", Recipe(name="wide", default=W8A16), set()),
+        ("llama", Recipe(name="rotated", default=W8A8_ROTATED), set()),
     ],
 )
 def test_a_layer_gets_the_scales_that_fold_and_are_of_use(

@@ -115,6 +115,13 @@ def test_the_digest_names_the_content(tmp_path: Path) -> None:
     assert msgspec.structs.replace(one, kv_cache="fp32").digest != one.digest
 
 
+def test_artifacts_from_before_rotation_are_read(artifact: Path) -> None:
+    change(artifact, recipe__default__activation_bits=16)
+    manifest = load(artifact)
+    assert manifest.recipe.default == Precision(weight_bits=8, activation_bits=16, rotated=False)
+    assert b"rotated" not in encode(manifest)
+
+
 def test_cache_bytes_per_token(tmp_path: Path) -> None:
     manifest = write_artifact(tmp_path / "artifact")
     assert manifest.kv_bytes_per_token == 2 * 2 * 2 * 16
