@@ -12,8 +12,9 @@ RECIPES = ("fp32", "w8a8", "w4a8")
 def make_recipe(name: str, decoder: Decoder) -> Recipe:
     """The recipe called `name` for a decoder. Raises ValueError that lists the known ones.
 
-    In `w8a8` all products read rotated inputs. `w4a8` halves what a token reads: all weights but the head's have 4 bits.
-    Of them, `down` reads the inputs with the heaviest tails, and so rotated ones.
+    In `w8a8` all products read rotated inputs.
+    `w4a8` halves what a token reads: all weights but the head's have 4 bits. Of them, `down` reads the inputs with the
+    heaviest tails, and so rotated ones.
     """
     match name:
         case "fp32":
