@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.families import Decoder
-from compress.precisions import FLOAT, W4A8, W4A8_ROTATED, W8A8, W8A8_ROTATED
+from compress.precisions import FLOAT, W4A8, W4A8_ROTATED, W8A8_ROTATED
 from proto.manifest import Recipe
 
 RECIPES = ("fp32", "w8a8", "w4a8")
@@ -12,18 +12,17 @@ RECIPES = ("fp32", "w8a8", "w4a8")
 def make_recipe(name: str, decoder: Decoder) -> Recipe:
     """The recipe called `name` for a decoder. Raises ValueError that lists the known ones.
 
-    The two kinds of products with the heaviest-tailed inputs read them rotated: `down`, whose input is a product of
-    activations, and `head`, before which no scale can be folded when its matrix is also the embedding. On SmolLM2, in
-    8 bits as they are, they cost more quality than all the rest.
-    `w4a8` halves what a token reads: all weights but the head's have 4 bits.
+    In `w8a8` all products read rotated inputs.
+    `w4a8` halves what a token reads: all weights but the head's have 4 bits. Of them, `down` reads the inputs with the
+    heaviest tails, and so rotated ones.
     """
-    downs = [product for product in decoder.products if product.endswith(".down")]
     match name:
         case "fp32":
             return Recipe(name=name, default=FLOAT)
         case "w8a8":
-            return Recipe(name=name, default=W8A8, products=dict.fromkeys([*downs, "head"], W8A8_ROTATED))
+            return Recipe(name=name, default=W8A8_ROTATED)
         case "w4a8":
+            downs = [product for product in decoder.products if product.endswith(".down")]
             products = dict.fromkeys(downs, W4A8_ROTATED) | {"head": W8A8_ROTATED}
             return Recipe(name=name, default=W4A8, products=products)
     raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")

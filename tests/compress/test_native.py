@@ -38,11 +38,11 @@ MIXED = Recipe(
     default=W4A8_GROUP64,
     products={"head": W8A8, "layers.0.down": W8A8_ROTATED, "layers.0.qkv": W4A8_ROTATED, "layers.1.o": W4A8},
 )
-ROTATED = Recipe(name="rotated", default=W8A8_ROTATED)
+PLAIN = Recipe(name="plain", default=W8A8)
 PRODUCTS = (*(f"layers.{i}.{role}" for i in (0, 1) for role in ("qkv", "o", "gate_up", "down")), "head")
 # Some 1e-7, until a value halfway between two levels is rounded differently: in so small a model that alone is seen.
 # And ONNX Runtime's 4-bit product rounds activations by blocks, ours by rows.
-FAR = {"w8a8": 0.01, "rotated": 0.01, "w4a8": 0.05, "mixed": 0.05}
+FAR = {"w8a8": 0.01, "plain": 0.01, "w4a8": 0.05, "mixed": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def spread(found: np.ndarray, expected: np.ndarray) -> float:
 def build_case(case: str, recipe: str, tiny: Any, directory: Path) -> Architecture:
     family, overrides = CASES[case]
     checkpoint = Checkpoint(tiny(family, **overrides)[1])
-    made = {"mixed": MIXED, "rotated": ROTATED}.get(recipe) or make_recipe(recipe, describe(checkpoint))
+    made = {"mixed": MIXED, "plain": PLAIN}.get(recipe) or make_recipe(recipe, describe(checkpoint))
     return build(checkpoint, directory, made)
 
 
@@ -99,8 +99,8 @@ def test_the_operators_compute_what_the_graph_says(case, recipe, tiny, tokens, t
     }
     logits, hidden = session.run(["logits", "hidden"], feeds)
     expected = run_native(tmp_path, tokens, rows, cache=feeds["cache"])
-    assert spread(logits, expected["logits"]) < 0.02
-    assert spread(hidden, expected["hidden"]) < 0.02
+    assert spread(logits, expected["logits"]) < 0.03
+    assert spread(hidden, expected["hidden"]) < 0.03
 
 
 def test_candidates_and_total_are_those_of_the_logits(tiny, tokens, tmp_path):

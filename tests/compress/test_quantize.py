@@ -14,7 +14,7 @@ import pytest
 from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
 from compress.gate import THRESHOLDS
-from compress.precisions import W4A8_ROTATED, W8A8, W8A8_ROTATED
+from compress.precisions import W4A8_ROTATED, W8A8_ROTATED
 from compress.quantize import Options
 from compress.recipes import RECIPES
 from proto.manifest import Manifest, Precision, load
@@ -106,11 +106,10 @@ def test_wider_weights_are_nearer_to_the_reference(quantize: Run, tmp_path: Path
 
 
 @pytest.mark.usefixtures("any_figures_pass")
-def test_products_with_heavy_tailed_inputs_read_them_rotated(quantize: Run, tmp_path: Path) -> None:
+def test_all_products_of_8_bits_read_rotated_inputs(quantize: Run, tmp_path: Path) -> None:
     assert quantize(tmp_path / "tiny") == 0
     recipe = load(tmp_path / "tiny").recipe
-    assert recipe.default == W8A8
-    assert recipe.products == dict.fromkeys(["layers.0.down", "layers.1.down", "head"], W8A8_ROTATED)
+    assert (recipe.default, recipe.products) == (W8A8_ROTATED, {})
 
 
 @pytest.mark.usefixtures("any_figures_pass")
@@ -147,11 +146,11 @@ def test_force_publishes_and_says_so(
 def test_inspect_tells_the_recipe_and_the_figures(
     quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(tmp_path / "tiny") == 0
+    assert quantize(tmp_path / "tiny", "--recipe", "w4a8") == 0
     capsys.readouterr()
     assert compress("inspect", tmp_path / "tiny") == 0
     shown = capsys.readouterr().out
-    assert "recipe w8a8: products W8A8, 3 of them W8A8 rotated" in shown
+    assert "recipe w4a8: products W4A8, 2 of them W4A8 rotated, 1 of them W8A8 rotated" in shown
     assert "KV cache int8" in shown
     assert "gate passed on" in shown
     for name, value in judged(tmp_path / "tiny").items():
