@@ -14,11 +14,11 @@
 namespace pawl {
 namespace PAWL_ISA {
 
-// Registers hold the sums of kRows rows by kPanel blocks, the panel's bytes and one broadcast.
+// Registers hold kSums sums of rows by blocks, beside the blocks' bytes and one broadcast.
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kPanel = 4;
+constexpr int kSums = 24;
 #else
-constexpr int kRows = 2, kPanel = 2;
+constexpr int kSums = 4;
 #endif
 constexpr int kPrefetch = 1024;  // bytes ahead, where a single row streams through the blocks
 
@@ -40,7 +40,7 @@ INLINE void dots_in_registers(const Product& p, int row, const uint8_t* const* b
   const uint8_t* rows = p.rows + (size_t)row * p.stride;
   int32_t* out = p.out + (size_t)row * p.out_stride + at * kLanes;
   I sum[ROWS][BLOCKS];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; b++) sum[r][b] = p.accumulate ? load(out + r * p.out_stride + b * kLanes) : set(0);
@@ -51,7 +51,7 @@ INLINE void dots_in_registers(const Product& p, int row, const uint8_t* const* b
       packed[b] = load_bytes(blocks[at + b] + k * kLanes);
       if (ROWS == 1) _mm_prefetch((const char*)blocks[at + b] + k * kLanes + kPrefetch, _MM_HINT_T0);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
       I four = set4(rows + r * p.stride + k);
 #pragma GCC unroll 4
@@ -59,27 +59,36 @@ INLINE void dots_in_registers(const Product& p, int row, const uint8_t* const* b
         sum[r][b] = SIGN == kUnsignedRows ? dot4(sum[r][b], four, packed[b]) : dot4(sum[r][b], packed[b], four);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; b++) store(out + r * p.out_stride + b * kLanes, sum[r][b]);
 }
 
+template <Sign SIGN, int BLOCKS, int ROWS>
+INLINE void dots_of_rows(const Product& p, int row, int rows, const uint8_t* const* blocks, int at) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return dots_in_registers<SIGN, ROWS, BLOCKS>(p, row, blocks, at);
+    dots_of_rows<SIGN, BLOCKS, ROWS - 1>(p, row, rows, blocks, at);
+  }
+}
+
 template <Sign SIGN, int BLOCKS> void dots_of_panel(const Product& p, const uint8_t* const* blocks, int at) {
-  int groups = (p.count + kRows - 1) / kRows;  // of nearly equal size: a small rest would leave the units idle
+  constexpr int most = std::min(kSums / BLOCKS, 12);
+  int groups = (p.count + most - 1) / most;  // of nearly equal size: a small rest would leave the units idle
   for (int g = 0; g < groups; g++) {
     int row = p.count * g / groups;
-    switch (p.count * (g + 1) / groups - row) {
-      case 1: dots_in_registers<SIGN, 1, BLOCKS>(p, row, blocks, at); break;
-      case 2: dots_in_registers<SIGN, 2, BLOCKS>(p, row, blocks, at); break;
-#if defined(__AVX512F__)
-      case 3: dots_in_registers<SIGN, 3, BLOCKS>(p, row, blocks, at); break;
-      case 4: dots_in_registers<SIGN, 4, BLOCKS>(p, row, blocks, at); break;
-      case 5: dots_in_registers<SIGN, 5, BLOCKS>(p, row, blocks, at); break;
-      case 6: dots_in_registers<SIGN, 6, BLOCKS>(p, row, blocks, at); break;
-#endif
-    }
+    dots_of_rows<SIGN, BLOCKS, most>(p, row, p.count * (g + 1) / groups - row, blocks, at);
   }
+}
+
+// Blocks at a time. Rows that fit the registers at once read the blocks from memory and compute in the same pass.
+INLINE int panel_width(int count) {
+#if defined(__AVX512F__)
+  return count > kSums / 4 && count <= kSums / 3 ? 3 : 4;
+#else
+  return count > kSums / 2 && count <= kSums ? 1 : 2;
+#endif
 }
 
 #if defined(PAWL_AMX)
@@ -141,12 +150,17 @@ template <Sign SIGN> void dots(const Product& p, const uint8_t* const* blocks, i
     return;
   }
 #endif
-  int at = 0;
+  for (int at = 0, width; at < num_blocks; at += width) {
+    width = std::min(panel_width(p.count), num_blocks - at);
+    switch (width) {
+      case 1: dots_of_panel<SIGN, 1>(p, blocks, at); break;
+      case 2: dots_of_panel<SIGN, 2>(p, blocks, at); break;
 #if defined(__AVX512F__)
-  for (; at + 4 <= num_blocks; at += 4) dots_of_panel<SIGN, 4>(p, blocks, at);
+      case 3: dots_of_panel<SIGN, 3>(p, blocks, at); break;
+      case 4: dots_of_panel<SIGN, 4>(p, blocks, at); break;
 #endif
-  for (; at + 2 <= num_blocks; at += 2) dots_of_panel<SIGN, 2>(p, blocks, at);
-  if (at < num_blocks) dots_of_panel<SIGN, 1>(p, blocks, at);
+    }
+  }
 }
 
 }  // namespace PAWL_ISA

@@ -97,6 +97,7 @@ int processors();  // that this process may use
 
 // Runs `task(i)` for each i below `count`.
 template <class Task> void parallel(const Pool& pool, size_t count, const Task& task) {
+  if (count == 0) return;
   if (count == 1) return task(0);
   pool.run(pool.context, [](void* user, size_t i) { (*(const Task*)user)(i); }, count, (void*)&task);
 }

@@ -204,17 +204,19 @@ void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
   const Linear& l = c.l;
   alignas(64) int32_t out[kHeight * kWidth * kLanes];  // or floats, with 4-bit weights
   TileScope scope;
-  int halves = l.activation == kSwiGlu ? 2 : 1, stride = rows.stride;
+  const int halves = l.activation == kSwiGlu ? 2 : 1, stride = rows.stride;
+  const int steps = (m1 - m0 + kHeight - 1) / kHeight, tall = (m1 - m0 + steps - 1) / steps;  // rows at a time
+  const int widest = l.bits == 8 ? std::max(panel_width(tall), halves) : kWidth;
   for (int b = b0, width; b < b1; b += width) {
-    width = std::min(kWidth / halves, b1 - b);
+    width = std::min(widest / halves, b1 - b);
     int block[kWidth];
     const uint8_t* packed[kWidth];
     for (int i = 0; i < width * halves; i++) {
       block[i] = b + i % width + i / width * l.blocks();
       packed[i] = l.weight + (size_t)block[i] * l.depth() * kBlock;
     }
-    for (int m = m0; m < m1; m += kHeight) {
-      int height = std::min(kHeight, m1 - m);
+    for (int m = m0; m < m1; m += tall) {
+      int height = std::min(tall, m1 - m);
       const uint8_t* q = rows.levels + (size_t)m * stride;
       if (l.bits == 8)
         dots<kUnsignedRows>({q, stride, height, l.depth(), out, kWidth * kLanes, false}, packed, width * halves);

@@ -127,9 +127,9 @@ struct Info {
   // A constant of `count` elements, at its place in the mapped file; null if it may be absent and is.
   template <class T> const T* constant(size_t index, const char* name, size_t count, bool required = true) const {
     ort::Tensor t = maybe(index);
-    if (!t.data && !required) return nullptr;
-    if (!t.data || t.count() != count)
-      throw Failure(std::string("input ") + name + (t.data ? " has " + std::to_string(t.count()) : " is not a constant") +
+    if (!t.present && !required) return nullptr;
+    if (!t.present || t.count() != count)
+      throw Failure(std::string("input ") + name + (t.present ? " has " + std::to_string(t.count()) : " is not a constant") +
                     "; " + std::to_string(count) + " elements are expected");
     return (const T*)t.data;
   }
@@ -147,7 +147,7 @@ void check(bool holds, const char* message) {
 
 // Segments and block tables, checked against everything that they index.
 Batch batch_of(const ort::Tensor& segments, int64_t tokens, int64_t positions) {
-  check(segments.data && segments.rank == 2 && segments.dims[1] == 3, "segments must be [segments, 3]");
+  check(segments.present && segments.rank == 2 && segments.dims[1] == 3, "segments must be [segments, 3]");
   Batch b;
   b.segments = (const int32_t*)segments.data;
   b.count = (int)segments.dims[0];
@@ -193,11 +193,10 @@ struct LinearKernel {
 
   void run(OrtKernelContext* context, const Pool& pool) const {
     ort::Tensor x = ort::input(context, 0), residual = ort::input(context, 7);
-    check(x.data && x.rank == 2 && x.dims[1] == l.inputs, "x must be [rows, inputs]");
-    check(!residual.data || (residual.rank == 2 && residual.dims[0] == x.dims[0] && residual.dims[1] == l.outputs),
+    check(x.present && x.rank == 2 && x.dims[1] == l.inputs, "x must be [rows, inputs]");
+    check(!residual.present || (residual.rank == 2 && residual.dims[0] == x.dims[0] && residual.dims[1] == l.outputs),
           "residual must be [rows, outputs]");
     float* y = ort::output<float>(context, 0, {x.dims[0], l.outputs});
-    check(y, "no memory for the output");
     instruction_set()->linear(l, (const float*)x.data, (const float*)residual.data, y, (int)x.dims[0], pool);
   }
 };
@@ -215,11 +214,11 @@ struct EmbedKernel {
     e.hidden = info.size("hidden", 1, kMostSize);
     e.rotate = info.size("rotate", 0, 1);
     ort::Tensor scale = info.maybe(2), positions = info.maybe(4);
-    check(scale.data && scale.rank == 1, "scale must be a constant [vocabulary]");
+    check(scale.present && scale.rank == 1, "scale must be a constant [vocabulary]");
     e.vocabulary = (int)scale.dims[0];
     e.scale = (const float*)scale.data;
     e.weight = info.constant<int8_t>(1, "weight", (size_t)e.vocabulary * round_up(e.hidden, kDepth));
-    if (!positions.data) return;
+    if (!positions.present) return;
     check(positions.rank == 2 && positions.dims[1] == e.hidden, "positions must be [context, hidden]");
     e.positions = (const float*)positions.data;
     e.context = (int)positions.dims[0];
@@ -227,12 +226,11 @@ struct EmbedKernel {
 
   void run(OrtKernelContext* context, const Pool& pool) const {
     ort::Tensor ids = ort::input(context, 0), segments = ort::input(context, 3);
-    check(ids.data && ids.rank == 1, "input_ids must be [tokens]");
+    check(ids.present && ids.rank == 1, "input_ids must be [tokens]");
     Batch batch = batch_of(segments, ids.dims[0], e.positions ? e.context : INT32_MAX);
     const int64_t* id = (const int64_t*)ids.data;
     for (int64_t t = 0; t < ids.dims[0]; t++) check(id[t] >= 0 && id[t] < e.vocabulary, "a token id is out of range");
     float* x = ort::output<float>(context, 0, {ids.dims[0], e.hidden});
-    check(x, "no memory for the output");
     instruction_set()->embed(e, id, batch, x, (int)ids.dims[0], pool);
   }
 };
@@ -252,7 +250,7 @@ struct AttendKernel {
     a.epsilon = info.real("epsilon");
     a.scale = info.real("scale");
     ort::Tensor cos = info.maybe(4);
-    if (cos.data) {
+    if (cos.present) {
       check(cos.rank == 2 && 2 * cos.dims[1] <= a.head_size, "cos must be [context, rotary / 2]");
       context_length = cos.dims[0];
       a.rotary = (int)(2 * cos.dims[1]);
@@ -265,13 +263,13 @@ struct AttendKernel {
 
   void run(OrtKernelContext* context, const Pool& pool) const {
     ort::Tensor qkv = ort::input(context, 0), cache = ort::input(context, 1), tables = ort::input(context, 3);
-    check(qkv.data && qkv.rank == 2 && qkv.dims[1] == (int64_t)(a.heads + 2 * a.kv_heads) * a.head_size,
+    check(qkv.present && qkv.rank == 2 && qkv.dims[1] == (int64_t)(a.heads + 2 * a.kv_heads) * a.head_size,
           "qkv must be [tokens, (heads + 2 kv_heads) head_size]");
-    check(cache.data && cache.rank == 4 && cache.dims[1] > a.layer && cache.dims[2] == a.kv_heads &&
+    check(cache.present && cache.rank == 4 && cache.dims[1] > a.layer && cache.dims[2] == a.kv_heads &&
               cache.dims[3] == (int64_t)a.block_bytes(),
           "cache must be [blocks, layers, kv_heads, block bytes]");
     Batch batch = batch_of(ort::input(context, 2), qkv.dims[0], context_length);
-    check(tables.data && tables.rank == 2 && tables.dims[0] == batch.count, "blocks must be [segments, width]");
+    check(tables.present && tables.rank == 2 && tables.dims[0] == batch.count, "blocks must be [segments, width]");
     batch.tables = (const int32_t*)tables.data;
     batch.width = (int)tables.dims[1];
     batch.cache = (uint8_t*)cache.data;
@@ -285,7 +283,6 @@ struct AttendKernel {
       }
     }
     float* y = ort::output<float>(context, 0, {qkv.dims[0], (int64_t)a.heads * a.head_size});
-    check(y, "no memory for the output");
     instruction_set()->attend(a, (const float*)qkv.data, batch, y, pool);
   }
 };
@@ -295,11 +292,10 @@ struct SelectKernel {
 
   void run(OrtKernelContext* context, const Pool& pool) const {
     ort::Tensor logits = ort::input(context, 0), temperature = ort::input(context, 1);
-    check(logits.data && logits.rank == 2, "logits must be [rows, vocabulary]");
-    check(temperature.data && temperature.count() == (size_t)logits.dims[0], "temperature must be [rows]");
+    check(logits.present && logits.rank == 2, "logits must be [rows, vocabulary]");
+    check(temperature.present && temperature.count() == (size_t)logits.dims[0], "temperature must be [rows]");
     int32_t* candidates = ort::output<int32_t>(context, 0, {logits.dims[0], kCandidates});
     float* total = ort::output<float>(context, 1, {logits.dims[0]});
-    check(candidates && total, "no memory for the output");
     instruction_set()->select((const float*)logits.data, (const float*)temperature.data, (int)logits.dims[0],
                               (int)logits.dims[1], candidates, total, pool);
   }

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <new>
 #include <string>
 
 struct OrtStatus;
@@ -84,7 +86,8 @@ template <class... Args> bool succeeds(Slot slot, Args... args) {
 }
 
 struct Tensor {
-  char* data = nullptr;  // null: the input is absent
+  bool present = false;  // an empty tensor is, and has no data
+  char* data = nullptr;
   int64_t dims[4] = {};
   size_t rank = 0;
   size_t count() const {
@@ -101,7 +104,7 @@ inline Tensor tensor(const OrtValue* value) {
   bool known = succeeds(kGetDimensionsCount, (const OrtTensorTypeAndShapeInfo*)shape, &t.rank) && t.rank <= 4 &&
                succeeds(kGetDimensions, (const OrtTensorTypeAndShapeInfo*)shape, t.dims, t.rank);
   call<void>(kReleaseTensorTypeAndShapeInfo, shape);
-  if (!known || !succeeds(kGetTensorMutableData, (OrtValue*)value, (void**)&t.data)) return {};
+  t.present = known && succeeds(kGetTensorMutableData, (OrtValue*)value, (void**)&t.data);
   return t;
 }
 
@@ -113,8 +116,10 @@ inline Tensor input(OrtKernelContext* context, size_t index) {
 template <class T> T* output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) {
   OrtValue* value = nullptr;
   T* data = nullptr;
-  if (!succeeds(kKernelContextGetOutput, context, index, dims.begin(), dims.size(), &value)) return nullptr;
-  return succeeds(kGetTensorMutableData, value, (void**)&data) ? data : nullptr;
+  if (!succeeds(kKernelContextGetOutput, context, index, dims.begin(), dims.size(), &value) ||
+      !succeeds(kGetTensorMutableData, value, (void**)&data))
+    throw std::bad_alloc();
+  return data;
 }
 
 }  // namespace ort
