@@ -1043,15 +1043,18 @@ class Gate(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     THRESHOLDS_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
     passed: _builtins.bool
     """Every metric was within its threshold."""
     forced: _builtins.bool
     """It was published although it did not pass."""
     tokens: _builtins.int
     """Held-out tokens that it was judged on."""
+    form: _builtins.str
+    """Which graph was judged first: "native" or "stock"."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Such as "perplexity_ratio", "kl", "greedy_agreement"."""
+        """Such as "perplexity_ratio", "kl", "greedy_agreement" of `form`; another form's are named after it: "stock_kl"."""
 
     @_builtins.property
     def thresholds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -1065,10 +1068,11 @@ class Gate(_message.Message):
         tokens: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         thresholds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        form: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forced", b"forced", "metrics", b"metrics", "passed", b"passed", "thresholds", b"thresholds", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forced", b"forced", "form", b"form", "metrics", b"metrics", "passed", b"passed", "thresholds", b"thresholds", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
