@@ -46,6 +46,7 @@ def library() -> Path:
     """The library's path, built if it is not there. Raises NativeUnavailable."""
     path = BUILT / f"{digest()}.so"
     if not path.exists():
+        print("building the native operators, once: about half a minute", file=sys.stderr, flush=True)
         build(path)
         for old in BUILT.glob("*.so"):
             if old != path:
