@@ -151,7 +151,7 @@ class Engine:
             else:
                 self.scheduler.advance(step)
                 self._sample(step, output)
-                self.scheduler.cost.observe(len(step.plan.tokens), time.monotonic() - now)
+                self.scheduler.cost.observe(len(step.plan.tokens), time.monotonic() - now, step.num_prompt_tokens)
         self._observe(step)
         self._flush()
 

@@ -21,7 +21,7 @@ from serve.request import Request
 from serve.speculation import Speculation
 from serve.step_cost import StepCost
 
-LEAST_CHUNK = 16  # prompt tokens a step, however long that takes: prompts always progress
+LEAST_CHUNK = 4  # prompt tokens a step, however long that takes: prompts always progress
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class Step:
     requests: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)  # for the first time
     num_preempted: int = 0
+    num_prompt_tokens: int = 0
 
 
 class Scheduler:
@@ -186,4 +187,5 @@ class Scheduler:
             temperature=request.params.temperature,
         )
         step.requests.append(request)
+        step.num_prompt_tokens += end - past
         return end - past

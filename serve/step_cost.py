@@ -2,6 +2,9 @@
 
 Steps are averaged by size, powers of two apart, and the line is fitted to the averages by least squares of relative
 errors. So a long stretch of steps of one size does not wash out what was learned about the others.
+
+A prompt's tokens cost the more the further into the prompt they are. So what they cost beside rows that decode is an
+average of its own, over the last few such steps.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ WEIGHT = 0.1  # of a new step in the average of its size
 FIRST = 3  # steps of a size of which the fastest counts: the very first ones also allocate
 OUTLIER = 3.0  # times the average: beyond, something else had the processor
 REACH = 4.0  # times the largest size seen: how far the line is trusted
+RECENT = 0.3  # weight of a new step in what a prompt's token costs
 
 
 @dataclass(slots=True)
@@ -30,13 +34,19 @@ class StepCost:
         self._fixed = 0.0  # seconds
         self._per_token = 0.0  # seconds
         self._largest = 0.0  # tokens
+        self._prompt_token = 0.0  # seconds, beside rows that decode; 0 before any such step
 
     @property
     def known(self) -> bool:
         return len(self._sizes) > 1
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0) -> None:
+        """A step of so many tokens, `prompt_tokens` of them from prompts, took so long."""
+        if 0 < prompt_tokens < tokens and self.known:
+            cost = max(seconds - self.seconds(tokens - prompt_tokens), 0.0) / prompt_tokens
+            before = self._prompt_token or cost
+            self._prompt_token = before + RECENT * (min(cost, OUTLIER * before) - before)
+            return
         average = self._sizes.get(tokens.bit_length())
         if average is None:
             self._sizes[tokens.bit_length()] = Average(tokens, seconds)
@@ -50,13 +60,14 @@ class StepCost:
         self._stale = True
 
     def tokens_within(self, times: float, tokens: int) -> int:
-        """How many more tokens make a step at most `times` as long as one of `tokens`; 0 while nothing is known."""
+        """How many prompt tokens make a step at most `times` as long as one of `tokens`; 0 while nothing is known."""
         if not self.known:
             return 0
         self._fit()
         most = REACH * self._largest - tokens
-        if self._per_token * most > (times - 1) * self.seconds(tokens):
-            most = (times - 1) * self.seconds(tokens) / self._per_token
+        each = self._prompt_token or self._per_token
+        if each * most > (times - 1) * self.seconds(tokens):
+            most = (times - 1) * self.seconds(tokens) / each
         return max(0, int(most))
 
     def price(self, tokens: int) -> float:

@@ -113,8 +113,8 @@ class KnownCost(StepCost):
         super().__init__()
         self.step_per_token = per_token  # in fixed parts of a step
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        super().observe(tokens, 1 + self.step_per_token * tokens)
+    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0) -> None:
+        super().observe(tokens, 1 + self.step_per_token * tokens, prompt_tokens)
 
 
 def make_engine(

@@ -67,3 +67,12 @@ def test_neither_part_is_negative_and_the_line_is_not_trusted_far_out() -> None:
     assert falling.tokens_within(2.0, 1) == 4 * 17 - 1
     through_zero = taught([10, 1000], per_token=1.0)
     assert through_zero.seconds(0) >= 0
+
+
+def test_a_prompts_tokens_beside_others_have_a_price_of_their_own() -> None:
+    cost = taught([1, 8, 1, 8, 130])
+    step = cost.seconds(8)
+    for _ in range(20):  # deep in a long prompt a token costs four times as much
+        cost.observe(8 + 10, step + 10 * 4 * PER_TOKEN, 10)
+    assert cost.tokens_within(2.0, 8) == pytest.approx(step / (4 * PER_TOKEN), abs=1)
+    assert cost.price(8) == pytest.approx(8 * PER_TOKEN / step), "drafts cost what they did"
