@@ -13,13 +13,11 @@ import numpy as np
 
 from compress.families import Decoder
 from compress.graph import PAWL, GraphBuilder
-from compress.packing import DEPTH, TILE, pad
 from compress.precisions import precision_of
 from compress.weight_file import WeightFile
 from proto.manifest import NATIVE_GRAPH, Recipe
+from serve.native_runner import NUM_CANDIDATES, block_bytes
 
-CANDIDATES = 64  # the largest logits that `Select` names
-CACHE_BLOCK = 64  # positions
 NORMS = {"rms": 1, "layer": 2}
 # (activation in config.json, whether the MLP is gated) -> that of Linear8 and Linear4
 ACTIVATIONS: Mapping[tuple[str, bool], int] = {
@@ -34,11 +32,6 @@ def has_native_form(decoder: Decoder, recipe: Recipe) -> bool:
     precisions = [recipe.default, *(precision_of(recipe, product) for product in decoder.products)]
     is_integer = all(precision.weight_bits < 32 for precision in precisions)
     return is_integer and (decoder.activation, decoder.family.gated) in ACTIVATIONS
-
-
-def cache_block_bytes(head_size: int) -> int:
-    """Bytes of the keys and values of one layer and KV head at the positions of a block, with their scales."""
-    return CACHE_BLOCK * (pad(head_size, DEPTH) + pad(head_size, TILE) + 2 * 4)
 
 
 class NativeGraph:
@@ -58,9 +51,9 @@ class NativeGraph:
         g.input("logits_rows", np.int64, ["rows"])
         g.input("hidden_rows", np.int64, ["hidden_rows"])
         g.input("temperature", np.float32, ["rows"])
-        g.input("cache", np.uint8, ["blocks", d.num_layers, d.num_kv_heads, cache_block_bytes(d.head_size)])
+        g.input("cache", np.uint8, ["blocks", d.num_layers, d.num_kv_heads, block_bytes(d.head_size)])
         g.output("logits", np.float32, ["rows", d.vocab_size])
-        g.output("candidates", np.int32, ["rows", CANDIDATES])
+        g.output("candidates", np.int32, ["rows", NUM_CANDIDATES])
         g.output("total", np.float32, ["rows"])
         g.output("hidden", np.float32, ["hidden_rows", d.hidden_size])
         x = self._embed()

@@ -16,15 +16,20 @@ from serve.plan import Output, Plan
 
 ALIGNMENT = 64  # bytes, of the cache and so of every block
 MOST_BINDINGS = 256
-NUM_CANDIDATES = 64
+NUM_CANDIDATES = 64  # the largest logits that `Select` names
 
 Array = NDArray[np.generic]
 
 
+def block_bytes(head_size: int) -> int:
+    """Of the keys and values of one layer and KV head at the positions of a block, with their scales."""
+    key, value = (-(-head_size // n) * n for n in (64, 16))
+    return BLOCK * (key + value) + 2 * BLOCK * 4
+
+
 def block_shape(architecture: Architecture) -> tuple[int, int, int]:
-    """[layers, kv_heads, bytes] of one block: keys, values and their scales."""
-    key, value = (-(-architecture.head_size // n) * n for n in (64, 16))
-    return architecture.num_layers, architecture.num_kv_heads, BLOCK * (key + value) + 2 * BLOCK * 4
+    """[layers, kv_heads, bytes] of one block."""
+    return architecture.num_layers, architecture.num_kv_heads, block_bytes(architecture.head_size)
 
 
 class NativeRunner:

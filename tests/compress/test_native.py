@@ -13,11 +13,11 @@ import pytest
 from compress.checkpoint import Checkpoint
 from compress.decoder import build
 from compress.families import FAMILIES, describe
-from compress.native import cache_block_bytes
 from compress.precisions import FLOAT, W4A8, W4A8_GROUP64, W4A8_ROTATED, W8A8, W8A8_ROTATED
 from compress.recipes import RECIPES, make_recipe
 from proto.manifest import Architecture, Recipe
 from serve import native
+from serve.native_runner import block_bytes
 from tests.compress.conftest import ROPE, Graph
 from tests.compress.native_reference import run_native
 
@@ -150,7 +150,7 @@ def test_the_interface_is_the_documents(tiny, tmp_path):
         "total": ["rows"],
         "hidden": ["hidden_rows", 64],
     }
-    assert cache_block_bytes(64) == 64 * 128 + 512
+    assert block_bytes(64) == 64 * 128 + 512
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp32"])
