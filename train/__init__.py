@@ -1,0 +1,1 @@
+"""From data to a checkpoint: curate, tokenize, pack, train, evaluate."""
