@@ -137,7 +137,9 @@ def test_requirements_are_pinned(name: str) -> None:
 
 
 def test_the_requirements_are_what_is_installed() -> None:
-    found = {line.split("==")[0]: line.split("==")[1] for name in ("serve", "build", "train", "dev") for line in pins(name)}
+    found = {
+        line.split("==")[0]: line.split("==")[1] for name in ("serve", "build", "train", "dev") for line in pins(name)
+    }
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in found}
     assert installed == found
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from train.model import Model
 
@@ -37,6 +36,10 @@ class World:
             dist.all_reduce(given)
         found: list[float] = given.tolist()
         return found
+
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        """Products in `dtype` and parameters in float32; nothing for float32."""
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def shard(self, model: Model) -> None:
         """Divide parameters, gradients and optimizer state over all processes (FSDP2), layer by layer."""
@@ -63,9 +66,3 @@ def joined() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
     finally:
         dist.destroy_process_group()
-
-
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients so that their norm is at most `limit`; the norm that they had."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

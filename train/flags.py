@@ -47,12 +47,17 @@ def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
                 parser.add_argument(flag(item.name), type=parse, required=item.default is MISSING, help=text)
             else:
                 shown = "" if item.default == "" else " (default: %(default)s)"
-                choices = item.metadata["choices"]
-                parser.add_argument(flag(item.name), type=parse, default=item.default, choices=choices, help=text + shown)
+                parser.add_argument(
+                    flag(item.name),
+                    type=parse,
+                    default=item.default,
+                    choices=item.metadata["choices"],
+                    help=text + shown,
+                )
 
 
 def from_flags(kind: type[T], args: argparse.Namespace) -> T:
-    """The dataclass from parsed arguments. Raises TrainError with flag, value and limit for one that is out of range."""
+    """The dataclass from parsed arguments. Raises TrainError that names flag, value and limit."""
     given: dict[str, Any] = {}
     for item in fields(kind):  # type: ignore[arg-type]
         value = getattr(args, item.name)

@@ -36,4 +36,4 @@ class Options:
     eval_every: int = option(0, "steps between judgements by the held-out data; 0: ten in a run", least=0)
     eval_steps: int = option(32, "at most so many batches a judgement", least=1)
     seed: int = option(0, "of the order of the data and of dropout", least=0)
-    cache: Path | None = option(None, "folder for tokenized data (default: the run's own)", parse=Path)
+    cache: str = option("", "folder for tokenized data (default: the run's own)")
