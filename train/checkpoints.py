@@ -69,8 +69,7 @@ class Checkpoints:
         # Groups of their own: the writer's thread must not mix its messages with those of the loop.
         self._writers = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._deciders = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned there; kept between saves
+        self._stager = _new_stager()
         self._in_flight: tuple[int, Future[Any]] | None = None
         self._saved_step = -1
         self._last_due: tuple[int, float] | None = None
@@ -106,7 +105,7 @@ class Checkpoints:
         self._settle(wait=True)
         if step == self._saved_step:
             return
-        state = _prefixed("model.", trained_tensors(model)) | _prefixed("optimizer.", optimizers.state_dict())
+        state = {"model": trained_tensors(model), "optimizer": optimizers.state_dict()}
         texts = {f"random-{self._rank}.json": json.dumps(random_state.capture())}
         about = {"step": step, "saved_at": datetime.now(UTC).isoformat(), "values": dict(values)}
         writer = _Writer(self._path(step), texts, json.dumps(about), self._drop_expired)
@@ -122,7 +121,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Waits for the save under way. Raises TrainError if the last save failed."""
         self._settle(wait=True)
-        self._stager.close()
+        self._stager.close()  # frees the memory of the copy
+        self._stager = _new_stager()
         if self.failures:
             raise TrainError(f"the last checkpoint was not saved: {self._problem}")
 
@@ -143,21 +143,23 @@ class Checkpoints:
         """
         reader = FileSystemReader(path)
         found = cast("dict[str, TensorStorageMetadata]", reader.read_metadata().state_dict_metadata)
-        state = _prefixed("model.", trained_tensors(model))
-        unlike = {name for name in found if name.startswith("model.")} ^ set(state)
-        unlike |= {name for name in set(state) - unlike if found[name].size != state[name].shape}
-        if unlike:
+        saved = {name.removeprefix("model."): kind.size for name, kind in found.items() if name.startswith("model.")}
+        weights = trained_tensors(model)
+        if unlike := {name for name, _ in saved.items() ^ {(name, value.shape) for name, value in weights.items()}}:
             raise TrainError(
                 f"{path} and this run differ in {len(unlike)} trained parameters, such as {min(unlike)}; resume with "
                 "the options with which it was made"
             )
-        for name, kind in found.items():
-            if name.startswith("optimizer."):
-                state[name] = optimizers.empty(name.removeprefix("optimizer."), kind.size, kind.properties.dtype)
+        moments = {
+            name.removeprefix("optimizer."): optimizers.empty(
+                name.removeprefix("optimizer."), kind.size, kind.properties.dtype
+            )
+            for name, kind in found.items()
+            if name.startswith("optimizer.")
+        }
+        state = {"model": weights, "optimizer": moments}
         load(state, storage_reader=reader, process_group=self._writers, no_dist=self._writers is None)
-        optimizers.load_state_dict(
-            {name.removeprefix("optimizer."): state[name] for name in state if name.startswith("optimizer.")}
-        )
+        optimizers.load_state_dict(state["optimizer"])
         own = path / f"random-{self._rank}.json"
         if own.exists():
             random_state.restore(json.loads(own.read_text()))
@@ -271,5 +273,6 @@ def _saved_at(path: Path) -> datetime:
     return datetime.fromisoformat(json.loads((path / STATE_FILE).read_text())["saved_at"])
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items()}
+def _new_stager() -> DefaultStager:
+    cuda = torch.cuda.is_available()
+    return DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned memory there; kept between saves

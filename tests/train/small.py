@@ -26,7 +26,8 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         given = self.norm(hidden)
         wide = self.down(torch.tanh(self.up(given)))
-        return hidden + wide * torch.sigmoid(self.gate(given)) + self.key(given).mean(-1, keepdim=True)
+        open_by = self.gate(given) + self.key(given).square().mean(-1, keepdim=True)
+        return hidden + wide * torch.sigmoid(open_by)
 
 
 class Small(nn.Module):
