@@ -14,10 +14,12 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    checkpoint: Path = field(metadata={"help": "Hugging Face directory to start from", "parse": Path, "range": (0, 0)})
+    checkpoint: Path = field(
+        metadata={"help": "Hugging Face directory to start from", "parse": Path, "positional": True}
+    )
     data: tuple[Path, ...] = option((), "files and folders to learn from")
     held_out: tuple[Path, ...] = option((), "files and folders to judge by, never learnt from")
-    output: Path = field(metadata={"help": "folder of the run", "parse": Path, "range": (0, 0)})
+    output: Path = field(metadata={"help": "folder of the run", "parse": Path})
     objective: str = option("next-token", "what to learn")
     shape: str = option("", "of the data, if the objective takes several: text or chat")
     too_long: str = option("skip", "a sample longer than the context, except text", choices=("skip", "cut"))
