@@ -223,12 +223,14 @@ class SampleMaker:
     def _fit(self, sequences: list[TokenSequence], draft: _Draft) -> list[TokenSequence]:
         """Within the context; none if the sample is skipped."""
         if self._shape in (Shape.TEXT, Shape.CLASSES):
-            if not draft.renderings[0].text.strip():
+            whole = sequences[0]
+            of_use = whole.can_learn if self._shape == Shape.TEXT else len(whole.tokens)
+            if not of_use or not draft.renderings[0].text.strip():
                 return self._skip("empty text", draft)
             if self._shape == Shape.TEXT:
-                return pieces(sequences[0], self._context)
+                return pieces(whole, self._context)
             if self._too_long == "cut":
-                return [sequences[0].part(0, self._context)]
+                return [whole.part(0, self._context)]
         else:
             if not all(sequence.can_learn for sequence in sequences):
                 return self._skip("no answer", draft)

@@ -117,7 +117,8 @@ def prepare(
     """
     report = SkipReport()
     maker = SampleMaker(tokenizer, shape, context, report, too_long=too_long, labels=labels)
-    sources = [_digest_source(source) for path in paths for source in find_sources(path)]
+    sources = _digest_sources([source for path in paths for source in find_sources(path)])
+    num_bytes = sum(source.num_bytes for source in sources)
     tokenizer_digest = digest_tokenizer(tokenizer)
     made_of: list[object] = [FORMAT_VERSION, shape, context, too_long, list(labels), tokenizer_digest]
     made_of += [[source.kind, source.sha256] for source in sources]
@@ -129,7 +130,6 @@ def prepare(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as temporary:
         work = Path(temporary) / "store"
         work.mkdir()
-        num_bytes = sum(source.num_bytes for source in sources)
         with tqdm(total=num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None) as bar:
             writer = _Writer(work, shape, max(tokenizer.get_vocab().values()) + 1, labels)
             writer.write(maker.make(read(paths, report, bar.update)))
@@ -256,9 +256,15 @@ def _mapped(path: Path, kind: type[np.generic], length: int) -> NDArray[Any]:
     return np.memmap(path, kind, "r")
 
 
-def _digest_source(source: Source) -> SourceInfo:
-    total = hashlib.sha256()
-    for file in source.files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return SourceInfo(source.path.name, source.kind, source.num_bytes, total.hexdigest())
+def _digest_sources(sources: Sequence[Source]) -> list[SourceInfo]:
+    found = []
+    num_bytes = sum(source.num_bytes for source in sources)
+    with tqdm(total=num_bytes, desc="digest", unit="B", unit_scale=True, disable=None) as bar:
+        for source in sources:
+            total = hashlib.sha256()
+            for file in source.files:
+                with file.open("rb") as stream:
+                    total.update(hashlib.file_digest(stream, "sha256").digest())
+            found.append(SourceInfo(source.path.name, source.kind, source.num_bytes, total.hexdigest()))
+            bar.update(source.num_bytes)
+    return found
