@@ -18,7 +18,8 @@ Finder = Callable[[str], Iterator[Span]]
 
 # Known prefixes only: a rule on randomness would take every digest and every base64 picture for a secret.
 _KEY = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----[A-Za-z0-9+/=:,\s-]{0,8192}?-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----"
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----[A-Za-z0-9+/=:,\s-]{0,8192}?"
+    r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----"
     r"|(?<![\w-])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{22,255}"
@@ -51,21 +52,23 @@ _IP6_GLOBAL = ipaddress.ip_network(
 # second number right after an international one may be taken with it: the length of these is not fixed.
 _PHONE = re.compile(
     r"(?<![\w+])\+[1-9](?:[ ./-]?\(?[0-9]|\)[ ./-]?[0-9]){7,14}(?![\w.]?[0-9])"
-    r"|(?<![\w.+/-])(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[ .-]|[2-9][0-9]{2}(?P<mark>[.-])[2-9][0-9]{2}(?P=mark))"
+    r"|(?<![\w.+/-])(?:1[ .-])?"
+    r"(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[ .-]|[2-9][0-9]{2}(?P<mark>[.-])[2-9][0-9]{2}(?P=mark))"
     r"[0-9]{4}(?![\w-])"
 )
 _SIGNED_NUMBER = re.compile(r"\+[0-9]{1,9}(?:\.[0-9]+)?")
 
 # Length of an IBAN by country, from SWIFT's registry.
 _IBAN_LENGTHS = {
-    entry[:2]: int(entry[2:])
-    for entry in (
+    country: int(length)
+    for country, length in re.findall(
+        r"([A-Z]{2})([0-9]{2})",
         "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 EE20 "
         "EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 "
         "KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 "
         "PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 "
-        "VA22 VG24 XK20 YE30"
-    ).split()
+        "VA22 VG24 XK20 YE30",
+    )
 }
 
 
