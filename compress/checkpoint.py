@@ -6,7 +6,6 @@ is that of the tensors it holds itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from proto.manifest import digest_file
+from proto.manifest import digest_files
 
 Floats = NDArray[np.float32]
 
@@ -74,10 +73,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the names and digests of the configuration and the weight files."""
-        total = hashlib.sha256()
-        for name in sorted({CONFIG, *self._files.values()}):
-            total.update(f"{name} {digest_file(self.path / name)}\n".encode())
-        return total.hexdigest()
+        return digest_files(self.path, {CONFIG, *self._files.values()})
 
     def _map_tensors(self) -> Mapping[str, str]:
         """Tensor name -> name of the file that holds it."""

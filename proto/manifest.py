@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,14 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(directory: Path, names: Iterable[str]) -> str:
+    """SHA-256 over names and digests: of a checkpoint, of its configuration and its weight files."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        total.update(f"{name} {digest_file(directory / name)}\n".encode())
+    return total.hexdigest()
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:

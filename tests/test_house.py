@@ -114,7 +114,7 @@ for name in {modules!r}:
 
 def test_no_module_is_named_like_another() -> None:
     """`queue.py` would be ours on one path and Python's on another. The rooms themselves are run from the root."""
-    taken = {*sys.stdlib_module_names, *provided_by("serve", "build", "base-model", "dev")} - {"__main__"}
+    taken = {*sys.stdlib_module_names, *provided_by("serve", "build", "base-model", "train", "dev")} - {"__main__"}
     assert [str(path) for path in sources(*ROOMS) if path.stem in taken] == []
     assert set(ROOMS) & set(sys.stdlib_module_names) == set()
 
@@ -129,7 +129,7 @@ def test_every_code_folder_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["serve", "build", "base-model", "dev"])
+@pytest.mark.parametrize("name", ["serve", "build", "base-model", "train", "dev"])
 def test_requirements_are_pinned(name: str) -> None:
     lines = list(pins(name))
     assert lines
@@ -137,7 +137,9 @@ def test_requirements_are_pinned(name: str) -> None:
 
 
 def test_the_requirements_are_what_is_installed() -> None:
-    found = {line.split("==")[0]: line.split("==")[1] for name in ("serve", "build", "dev") for line in pins(name)}
+    found = {
+        line.split("==")[0]: line.split("==")[1] for name in ("serve", "build", "train", "dev") for line in pins(name)
+    }
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in found}
     assert installed == found
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 IGNORE = -100  # the label where nothing is learnt, as in torch's losses
@@ -38,6 +39,15 @@ class Batch:
         if self.extras:
             return len(self.extras["weight"])
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the rows, padding included: what the model computes."""
+        return self.tokens.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        extras = {name: value.to(device) for name, value in self.extras.items()}
+        return Batch(self.tokens.to(device), self.positions.to(device), self.labels.to(device), extras)
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` rows; examples are not split."""
