@@ -23,7 +23,7 @@ def option(
     most: float = math.inf,
 ) -> Any:
     """A dataclass field that becomes `--field-name`. A number must be from `least` to `most`; a tuple takes many."""
-    kind = parse or (Path if default == () else type(default))
+    kind = parse or (Path if default == () else type(default[0] if isinstance(default, tuple) else default))
     return field(default=default, metadata={"help": help, "parse": kind, "choices": choices, "range": (least, most)})
 
 
@@ -41,8 +41,16 @@ def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
                 parser.add_argument(
                     flag(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text
                 )
-            elif item.default == ():
-                parser.add_argument(flag(item.name), type=parse, nargs="+", default=(), help=text)
+            elif isinstance(item.default, tuple):
+                shown = f" (default: {' '.join(item.default)})" if item.default else ""
+                parser.add_argument(
+                    flag(item.name),
+                    type=parse,
+                    nargs="+",
+                    default=item.default,
+                    choices=item.metadata["choices"],
+                    help=text + shown,
+                )
             elif item.default is MISSING or item.default is None:
                 parser.add_argument(flag(item.name), type=parse, required=item.default is MISSING, help=text)
             else:
