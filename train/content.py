@@ -14,7 +14,7 @@ def texts_of(columns: dict[str, Any], *, system: bool = True) -> list[str]:
     found: list[str] = []
     for name in TEXT_COLUMNS:
         if name in columns:
-            _change(columns[name], lambda text: found.append(text) or text, system)
+            _change(columns[name], found.append, system)
     return found
 
 
