@@ -32,6 +32,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    num_tokens: int = 0  # of the data: without padding
 
     @property
     def count(self) -> int:
@@ -40,14 +41,10 @@ class Batch:
             return len(self.extras["weight"])
         return int((self.labels != IGNORE).sum())
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the rows, padding included: what the model computes."""
-        return self.tokens.numel()
-
     def to(self, device: torch.device) -> Batch:
         extras = {name: value.to(device) for name, value in self.extras.items()}
-        return Batch(self.tokens.to(device), self.positions.to(device), self.labels.to(device), extras)
+        tensors = (self.tokens.to(device), self.positions.to(device), self.labels.to(device))
+        return Batch(*tensors, extras, self.num_tokens)
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` rows; examples are not split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,16 @@ class World:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """On standard error, once."""
+        if self.leads:
+            print(f"train: {text}", file=sys.stderr)
+
+    def wait(self) -> None:
+        """For all processes."""
+        if self.size > 1:
+            dist.barrier()
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all processes, in one exchange."""

@@ -8,10 +8,12 @@ processes changes it; and batch N is a function of N alone, so that a resumed ru
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from train.batch import Batch, Batches
 from train.checkpoints import Checkpoints
 from train.distributed import World
+from train.errors import TrainError
 from train.guard import Guard
 from train.model import Model
 from train.objectives import Objective
@@ -51,6 +54,22 @@ class Training:
     step: int = 0
     tokens: int = 0
 
+    def values(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {"tokens": self.tokens, "guard": self.guard.state_dict(), "data": self.data.digest}
+
+    def resume(self) -> bool:
+        """Go on from the last checkpoint; False if there is none. Raises TrainError if the data has changed."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return False
+        self.step, values = self.checkpoints.load(path, self.model, self.optimizers)
+        if values["data"] != self.data.digest:
+            raise TrainError(f"{path} was made with other data; give the same data, or another --output")
+        self.tokens = values["tokens"]
+        self.guard.load_state_dict(values["guard"])
+        return True
+
 
 def train(run: Training) -> bool:
     """From `run.step` to the end; False if a signal ended it early. Either way all is saved."""
@@ -73,8 +92,8 @@ def train(run: Training) -> bool:
             last = run.step == run.steps
             if run.held_out and (last or run.step % run.eval_every == 0):
                 run.tracker.log_held_out(run.step, run.tokens, judge(run, run.held_out))
-            if last or ending or run.checkpoints.due(run.step):
-                run.checkpoints.save(run)
+            if last or ending or run.checkpoints.due(run.step, time.monotonic()):
+                run.checkpoints.save(run.step, run.model, run.optimizers, run.values())
             if ending:
                 break
     run.checkpoints.finish()
