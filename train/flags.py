@@ -23,7 +23,7 @@ def option(
     most: float = math.inf,
 ) -> Any:
     """A dataclass field that becomes `--field-name`. A number must be from `least` to `most`; a tuple takes many."""
-    kind = parse or (Path if default == () else type(default))
+    kind = parse or (Path if default == () else type(default[0] if isinstance(default, tuple) else default))
     return field(default=default, metadata={"help": help, "parse": kind, "choices": choices, "range": (least, most)})
 
 
@@ -41,12 +41,17 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> 
             parser.add_argument(flag(name), type=parse, required=True, help=text)
         elif parse is bool:
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
-        elif item.default == ():
-            parser.add_argument(flag(name), type=parse, nargs="+", default=(), help=text)
         else:
-            shown = "" if item.default == "" else " (default: %(default)s)"
-            choices = item.metadata["choices"]
-            parser.add_argument(flag(name), type=parse, default=item.default, choices=choices, help=text + shown)
+            many = isinstance(item.default, tuple)
+            default = " ".join(item.default) if many else str(item.default)
+            parser.add_argument(
+                flag(name),
+                type=parse,
+                default=item.default,
+                choices=item.metadata["choices"],
+                nargs="+" if many else None,
+                help=text + (f" (default: {default})" if default and item.default is not None else ""),
+            )
 
 
 def from_flags(kind: type[T], args: argparse.Namespace, prefix: str = "") -> T:
