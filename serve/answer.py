@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from serve.channel import AsyncChannel, Bell, merge
-from serve.errors import Draining, InternalError
 from serve.request import Chunk, FinishReason, Request, Usage
 
 Ended = Callable[["Answer", int], None]
@@ -120,7 +119,5 @@ class Answer:
         self._usages[index] = chunk.usage or self.requests[index].usage
         self.reasons[index] = chunk.finish_reason or "error"
         self._ended(self, index)
-        if chunk.finish_reason == "error":
-            raise InternalError(chunk.error or "the request failed inside the server")
-        if chunk.finish_reason == "abort":
-            raise Draining(chunk.error or "the server shut down before this request was finished")
+        if chunk.error is not None:
+            raise chunk.error

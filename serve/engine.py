@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serve.errors import Draining, InvalidRequest, Overloaded
+from serve.errors import Draining, InternalError, InvalidRequest, Overloaded, TimedOut
 from serve.generation import Generation
 from serve.metrics import Metrics
 from serve.plan import Floats, Output, Runner, Segment
@@ -156,15 +156,18 @@ class Engine:
                 self.scheduler.waiting.append(request)
             except Exception as error:
                 log.exception("could not prepare request %s", request.id)
-                self._emit(request, Chunk(finish_reason="error", error=str(error), usage=request.usage))
+                self._emit(request, Chunk(finish_reason="error", error=_failed(error), usage=request.usage))
 
     def _sweep(self, now: float) -> None:
         for request in list(self.scheduler.requests()):
             if request.channel.closed:
                 self._finish(request, "abort", Chunk())
             elif now - request.arrival > self.request_timeout_seconds:
-                error = f"timed out after {self.request_timeout_seconds:g} s; ask for fewer tokens or try again later"
-                self._finish(request, "error", Chunk(error=error))
+                message = (
+                    f"the request timed out after {self.request_timeout_seconds:g} s; ask for fewer tokens, try again "
+                    "later, or start the server with a larger --request-timeout-seconds"
+                )
+                self._finish(request, "error", Chunk(error=TimedOut(message)))
 
     def _sample(self, step: Step, output: Output) -> None:
         """Turn wanted rows into tokens and scores. Wanted positions come in the order of the segments."""
@@ -190,7 +193,7 @@ class Engine:
                     self._extend(request, output, rows, tokens[end - num_drafts : end], now, gaps)
             except Exception as error:
                 log.exception("request %s failed", request.id)
-                self._finish(request, "error", Chunk(error=f"the request failed inside the server: {error}"))
+                self._finish(request, "error", Chunk(error=_failed(error)))
         self.metrics.step_tokens(gaps)
 
     def _extend(
@@ -247,7 +250,8 @@ class Engine:
         for request in step.requests:
             if request.table is not None:
                 self.scheduler.cache.forget(request.table)
-            self._finish(request, "error", Chunk(error="the model failed on this batch; see the server's log"))
+            error = InternalError("the model failed on this batch; see the server's log")
+            self._finish(request, "error", Chunk(error=error))
 
     def _finish(self, request: Request, reason: FinishReason, chunk: Chunk) -> None:
         request.finish_reason = reason
@@ -261,7 +265,8 @@ class Engine:
     def _abort_all(self) -> None:
         self._accept()
         for request in list(self.scheduler.requests()):
-            self._finish(request, "abort", Chunk(error="the server shut down before this request was finished"))
+            error = Draining("the server shut down before this request was finished")
+            self._finish(request, "abort", Chunk(error=error))
         self._flush()
 
     def _emit(self, request: Request, chunk: Chunk) -> None:
@@ -283,3 +288,7 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             kv_usage=self.scheduler.cache.usage,
         )
+
+
+def _failed(error: Exception) -> InternalError:
+    return InternalError(f"the request failed inside the server: {error}")

@@ -37,6 +37,7 @@ from serve.errors import (
     NotFound,
     Overloaded,
     PawlError,
+    TimedOut,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -58,6 +59,7 @@ CODES: dict[type[PawlError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TimedOut: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalError: grpc.StatusCode.INTERNAL,
 }
 CLIENT_LEFT = 499  # nginx's number, for the metric only

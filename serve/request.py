@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.cache import Table
+from serve.errors import PawlError
 from serve.speculation import Speculation
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -70,7 +71,7 @@ class Chunk:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all the prompt's tokens, in the first chunk
     finish_reason: FinishReason | None = None
     usage: Usage | None = None  # in the last chunk
-    error: str | None = None  # with finish_reason "error"
+    error: PawlError | None = None  # with finish_reason "error", or "abort" by the server
     embedding: Sequence[float] | None = None  # only for embedding requests
 
     @property

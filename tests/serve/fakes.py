@@ -15,7 +15,7 @@ import uvloop
 
 from proto.manifest import Architecture, GateReport, Lineage, Manifest, Precision, Recipe
 from proto.records import Feedback, Interaction
-from serve.errors import Draining, InvalidRequest, NotFound, Overloaded, Unavailable
+from serve.errors import Draining, InternalError, InvalidRequest, NotFound, Overloaded, PawlError, Unavailable
 from serve.grpc_api import GrpcServer, start_grpc
 from serve.http_api import HttpServer, start_http
 from serve.request import Chunk, Request, TokenLogprob
@@ -77,7 +77,8 @@ class FakeEngine:
 
     room: int = 64  # requests at once
     step_seconds: float = 0.0
-    fail_after: int | None = None  # tokens, then an error
+    fail_after: int | None = None  # tokens, then the error
+    error: PawlError = field(default_factory=lambda: InternalError("it broke"))
     draining: bool = False
     running: set[Request] = field(default_factory=set)
     seen: list[Request] = field(default_factory=list)
@@ -126,7 +127,7 @@ class FakeEngine:
                 request.channel.send(chunk)
                 break
             if number == self.fail_after:
-                request.channel.send(Chunk(finish_reason="error", error="it broke", usage=request.usage))
+                request.channel.send(Chunk(finish_reason="error", error=self.error, usage=request.usage))
                 break
             token = prompt[(number + (params.seed or 0)) % len(prompt)]
             request.output.append(token)

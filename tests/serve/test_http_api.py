@@ -15,6 +15,7 @@ import openai
 import pytest
 
 import serve.sse
+from serve.errors import TimedOut
 from serve.openai_json import Events
 from serve.request import Chunk
 from tests.serve.fakes import CONTEXT, FakeEngine, Rig, exchange, run, serving
@@ -436,6 +437,21 @@ def test_engine_errors_whole_and_in_a_stream() -> None:
                 texts = [event.choices[0].text async for event in stream]
             assert not texts
             assert [kept.finish_reason for kept in rig.records.kept.values()] == ["error", "error"]
+
+    run(main)
+
+
+def test_a_request_that_timed_out_is_a_504_with_a_code() -> None:
+    async def main() -> None:
+        engine = FakeEngine(fail_after=0, error=TimedOut("timed out after 1 s"))
+        async with serving(engine) as rig, client(rig) as api:
+            with pytest.raises(openai.InternalServerError, match="timed out") as caught:
+                await api.completions.create(model="", prompt="x")
+            assert (caught.value.status_code, caught.value.code) == (504, "request_timeout")
+            assert caught.value.type == "timeout_error"
+            with pytest.raises(openai.APIError, match="timed out") as late:
+                _ = [event async for event in await api.completions.create(model="", prompt="x", stream=True)]
+            assert late.value.code == "request_timeout"
 
     run(main)
 

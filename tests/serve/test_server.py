@@ -529,6 +529,30 @@ def test_sigterm_finishes_16_in_flight_and_refuses_new_ones(artifact: Path, tmp_
     assert reasons == ["length"] * 16
 
 
+def test_a_request_that_runs_into_its_time_limit_is_a_504(artifact: Path, tmp_path: Path) -> None:
+    async def main(server: Server) -> None:
+        async with clients(server) as api:
+            body = chats(1)[0] | {"max_tokens": 150}  # no machine computes so many in a millisecond
+            async with api.http.post("/v1/chat/completions", json=body) as reply:
+                assert reply.status == 504
+                error = (await reply.json())["error"]
+            assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
+            assert "timed out after 0.001 s" in error["message"]
+            async with api.http.post("/v1/chat/completions", json=body | {"stream": True}) as reply:
+                events = (await reply.text()).split("\n\n")
+            assert json.loads(events[-3].removeprefix("data: ")) == {"error": error}
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await api.over_grpc(body)
+            assert refusal.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            assert refusal.value.details() == error["message"]
+            metrics = await api.until(idle)
+            assert metrics["vllm:request_success_total error"] == 3
+
+    with own_server(artifact, tmp_path, "--request-timeout-seconds", "0.001") as server:
+        run(lambda: main(server), 60)
+        assert stop_server(server) == 0
+
+
 # -- feedback ---------------------------------------------------------------------------------------------------
 
 
