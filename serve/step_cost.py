@@ -16,7 +16,7 @@ FIRST = 3  # steps of a size of which the fastest counts: the very first ones al
 OUTLIER = 3.0  # times the average: beyond, something else had the processor
 REACH = 4.0  # times the largest size seen: how far the line is trusted
 RECENT = 0.3  # weight of a new step in what a prompt's token costs
-HEAD = 2.0  # times the cost of a prompt's token if its logits are wanted, until it is known: the head is half a model
+HEAD = 2.0  # times the cost of a prompt's token if its logits are wanted, until that is known
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from serve.errors import InvalidRequest
 
 PRIMING_TOKENS = 6  # of the prompt: enough for a decoder to know whether a leading space belongs
 MOST_BYTES = 4  # of a character, each of which may be a token of its own
+MOST_HELD = 8  # tokens without text
 
 
 class Tokenizer:
@@ -106,18 +107,33 @@ class TextStream:
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]) -> None:
         """`prompt` may end amid a character, which then comes whole with the token that completes it."""
         self._tokenizer = tokenizer
-        ends = range(len(prompt), max(len(prompt) - MOST_BYTES, 0), -1)
-        end = next((end for end in ends if not self._amid_character(prompt[:end])), ends.stop)
-        self._stream = DecodeStream(ids=prompt[:end][-PRIMING_TOKENS:], skip_special_tokens=True)
-        for token_id in prompt[end:]:
-            self.push(token_id)
-
-    def _amid_character(self, ids: list[int]) -> bool:
-        return str(self._tokenizer.decode(ids[-PRIMING_TOKENS:])).endswith("\ufffd")
+        self._before: list[int] = []
+        begun = prompt[1 - MOST_BYTES :]
+        for end in range(len(prompt), len(prompt) - len(begun) - 1, -1):
+            before = prompt[max(end - PRIMING_TOKENS, 0) : end]
+            if not tokenizer.decode(before).endswith("\ufffd"):
+                self._before, begun = before, prompt[end:]
+                break
+        self._restart(begun)
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""
-        return self._stream.step(self._tokenizer, token_id) or ""
+        text = self._stream.step(self._tokenizer, token_id)
+        if text:
+            self._held.clear()
+            return str(text)
+        self._held.append(token_id)
+        if len(self._held) < MOST_HELD:
+            return ""
+        # They are no characters, or special. The stream would look at all of them again with every token.
+        gone, kept = self._held[: 1 - MOST_BYTES], self._held[1 - MOST_BYTES :]
+        return str(self._tokenizer.decode(gone)) + self._restart(kept)
+
+    def _restart(self, tokens: list[int]) -> str:
+        """Go on from what came before all tokens, with `tokens`."""
+        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+        self._held: list[int] = []
+        return "".join([self.push(token_id) for token_id in tokens])
 
 
 def _environment() -> jinja2.Environment:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.tokenizer import Tokenizer
-from tests.serve.tiny import SPECIAL
+from serve.tokenizer import MOST_HELD, Tokenizer
+from tests.serve.tiny import SPECIAL, VOCABULARY
 
 PIECES = st.sampled_from([*SPECIAL, "License", " ", "grüß", "🙂", "\U00013000", "\n", "x  y"])
 TEXTS = st.lists(PIECES, min_size=1, max_size=8).map("".join)
@@ -52,3 +52,19 @@ def test_a_prompt_may_end_amid_a_character(tokenizer: Tokenizer, text: str, othe
         said = "".join(stream.push(id) for id in ids[cut:])
         begun = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
         assert begun + said == whole
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_bytes_that_are_no_characters_are_not_held_for_ever(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    broken = [id for id in range(VOCABULARY) if "\ufffd" in tokenizer.token_text(id)]
+    (end,) = tokenizer.encode("<|end|>")
+    ids = data.draw(st.lists(st.sampled_from([*broken, end]), max_size=60))
+    stream = tokenizer.decode_stream(data.draw(st.lists(st.sampled_from(broken), max_size=9)))
+    pieces = [stream.push(id) for id in ids]
+    for at in range(len(ids) - MOST_HELD):
+        assert any(pieces[at : at + MOST_HELD]) or end in ids[at : at + MOST_HELD]
+    rest = tokenizer.encode("\nLicense grüß")
+    assert "".join(stream.push(id) for id in rest).endswith("\nLicense grüß")
+    offsets = tokenizer.offsets(ids, tokenizer.spell(ids))
+    assert offsets == sorted(offsets)
