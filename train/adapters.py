@@ -78,7 +78,8 @@ def disabled(model: Model) -> Iterator[None]:
 def merge(model: Model) -> PreTrainedModel:
     """A plain transformers model with the adapters, if any, added to its weights, which shares the other parameters.
 
-    What is divided over processes is gathered in each, so all must call it. The model itself stays as it is. A quantized base is taken as what its codes mean, in the parameters' type.
+    What is divided over processes is gathered in each, so all must call it. The model itself
+    stays as it is. A quantized base is taken as what its codes mean, in the parameters' type.
     """
     network = model.network
     config = copy.deepcopy(network.config)

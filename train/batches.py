@@ -146,7 +146,7 @@ class _Filler:
             self._positions[row, used:] = np.arange(self._positions.shape[1] - used)
         arrays = (self._tokens, self._positions, self._labels)
         tokens, positions, labels = (torch.from_numpy(array) for array in arrays)
-        return Batch(tokens, positions, labels, extras or {})
+        return Batch(tokens, positions, labels, extras or {}, sum(self._used))
 
 
 def _digest(store: TokenStore, how: str) -> str:

@@ -119,7 +119,8 @@ def learn(run: Training, batch: Batch) -> dict[str, float]:
     for micro in batch.split(run.options.micro_batch or len(batch.tokens)):
         with run.world.autocast(run.dtype):
             loss = run.objective(run.model, micro)
-        (loss.total * (run.world.size / max(count, 1))).backward()  # FSDP2 takes the mean over the processes
+        # FSDP2 takes the mean over the processes.
+        (loss.total * (run.world.size / max(count, 1))).backward()  # type: ignore[no-untyped-call]
         add(sums, {"loss": loss.total.detach(), **loss.metrics})
     return mean(run.world, sums, count)
 

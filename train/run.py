@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from train.adapters import LoraOptions, attach, merge
 from train.batch import Batches
@@ -62,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    transformers_logging.disable_progress_bar()
     asked: dict[type, Any] = {kind: from_flags(kind, args, prefix) for kind, prefix in KINDS.items()}
     with joined() as world:
         folder = RunFolder(asked[Options].output)
@@ -148,10 +150,18 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
         steps=steps,
         eval_every=options.eval_every or max(1, steps // JUDGEMENTS),
         dtype=dtype,
-        flops_per_token=flops_per_token(model.config, options.context),
+        flops_per_token=arithmetic(model, options.context),
         peak_flops=measure_peak(world.device, dtype),
     )
     return training, msgspec.to_builtins(store.info)
+
+
+def arithmetic(model: Model, context: int) -> float:
+    """FLOPs of a token; for a family that cannot be counted exactly, 6 for each parameter."""
+    try:
+        return flops_per_token(model.config, context)
+    except TrainError:
+        return 6.0 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def settled(options: Options, world: World) -> Options:
@@ -209,7 +219,7 @@ def tokenized(options: Options, folder: RunFolder, world: World) -> tuple[TokenS
         world.wait()
     # One row, or as few examples as there can be, at a time: what is left over at the end would be judged twice.
     size = world.size * (2 if shape == Shape.THUMBS else 1)
-    return store, held_out and open_batches(held_out, size, options.seed)
+    return store, open_batches(held_out, size, options.seed) if held_out else None
 
 
 def record(training: Training, folder: RunFolder, sources: dict[str, Any]) -> dict[str, Any]:
