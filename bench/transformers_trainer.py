@@ -57,7 +57,7 @@ def conversations(tokenizer: Any, records: Iterator[dict[str, Any]], context: in
     return Rows(rows)
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.ends = [time.perf_counter()]
 

@@ -1,7 +1,7 @@
 """What can go wrong with a request, as one small tree; each adapter maps it to its protocol in one place.
 
-`status` is the HTTP status; `serve.grpc_api` maps the same classes to gRPC codes. `param` names the offending
-parameter, as OpenAI's error body does. Messages name the value, the limit and the cure.
+`status` is the HTTP status; `serve.grpc_api` maps the same classes to gRPC codes. `kind`, `code` and `param`, which
+names the offending parameter, are those of OpenAI's error body. Messages name the value, the limit and the cure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ class PawlError(Exception):
 
     status = 500
     kind = "server_error"
+    code: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -64,6 +65,14 @@ class Draining(Overloaded):
 
 class Unavailable(Overloaded):
     """A part the request needs is out of order (a full disk, for instance); inference goes on."""
+
+
+class TimedOut(PawlError):
+    """The request ran into the server's time limit."""
+
+    status = 504
+    kind = "timeout_error"
+    code = "request_timeout"
 
 
 class InternalError(PawlError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -36,6 +37,7 @@ from serve.errors import (
     NotFound,
     Overloaded,
     PawlError,
+    TimedOut,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -57,6 +59,7 @@ CODES: dict[type[PawlError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TimedOut: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalError: grpc.StatusCode.INTERNAL,
 }
 CLIENT_LEFT = 499  # nginx's number, for the metric only
@@ -167,7 +170,8 @@ class GrpcApi:
     async def _stream(self, context: Context, answer: Answer) -> None:
         with answer:  # leaving cancels: grpc cancels this task when the client leaves or its deadline passes
             async for index, chunk in answer:
-                await context.write(chunk_message(answer, index, chunk, self.service.tokenizer))
+                work = partial(chunk_message, answer, index, chunk, self.service.tokenizer)
+                await context.write(await self.service.offload(chunk.num_named, work))
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

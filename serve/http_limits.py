@@ -72,7 +72,7 @@ def refuse(error: PawlError) -> web.Response:
 
 
 def error_body(error: PawlError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": None}}
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
 class GuardedServer(web.Server):

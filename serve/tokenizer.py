@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from proto.manifest import CHAT_TEMPLATE, TOKENIZER
 from serve.errors import InvalidRequest
 
 PRIMING_TOKENS = 6  # of the prompt: enough for a decoder to know whether a leading space belongs
+MOST_BYTES = 4  # of a character, each of which may be a token of its own
+MOST_HELD = 8  # tokens without text
 
 
 class Tokenizer:
@@ -27,6 +30,9 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {id: token.content for id, token in added.items() if token.special}
+        self._texts: dict[int, str] = {}  # of single tokens
         template = directory / CHAT_TEMPLATE
         self._template = _environment().from_string(template.read_text()) if template.is_file() else None
 
@@ -48,7 +54,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token as text; bytes that are not UTF-8 on their own come as U+FFFD."""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token's exact bytes where the vocabulary is byte-level, else those of its text."""
@@ -60,9 +69,27 @@ class Tokenizer:
             return bytes(table[char] for char in piece)
         return self.token_text(token_id).encode()
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens spelled out."""
+        stream = self.decode_stream([])
+        return "".join(stream.push(id) or self._special.get(id, "") for id in ids)
+
+    def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each of the tokens `ids` of `text` starts in it, in characters; amid a character, where that starts.
+
+        Special tokens that the text does not spell out, as tokenizers put in front of it, take no room.
+        """
+        stream, at, offsets = self.decode_stream([]), 0, list[int]()
+        for id in ids:
+            offsets.append(min(at, len(text)))
+            piece = stream.push(id)
+            special = self._special.get(id, "")
+            at += len(piece or (special if text.startswith(special, at) else ""))
+        return offsets
+
     def decode_stream(self, prompt: list[int]) -> TextStream:
         """An incremental decoder of what follows `prompt`."""
-        return TextStream(self._tokenizer, prompt[-PRIMING_TOKENS:])
+        return TextStream(self._tokenizer, prompt)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The prompt for `messages` by the model's own template. Raises InvalidRequest if it refuses them."""
@@ -78,12 +105,35 @@ class TextStream:
     """Tokens in, whole characters out: a piece is held until its last byte has come."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]) -> None:
+        """`prompt` may end amid a character, which then comes whole with the token that completes it."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._before: list[int] = []
+        begun = prompt[1 - MOST_BYTES :]
+        for end in range(len(prompt), len(prompt) - len(begun) - 1, -1):
+            before = prompt[max(end - PRIMING_TOKENS, 0) : end]
+            if not tokenizer.decode(before).endswith("\ufffd"):
+                self._before, begun = before, prompt[end:]
+                break
+        self._restart(begun)
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""
-        return self._stream.step(self._tokenizer, token_id) or ""
+        text = self._stream.step(self._tokenizer, token_id)
+        if text:
+            self._held.clear()
+            return str(text)
+        self._held.append(token_id)
+        if len(self._held) < MOST_HELD:
+            return ""
+        # They are no characters, or special. The stream would look at all of them again with every token.
+        gone, kept = self._held[: 1 - MOST_BYTES], self._held[1 - MOST_BYTES :]
+        return str(self._tokenizer.decode(gone)) + self._restart(kept)
+
+    def _restart(self, tokens: list[int]) -> str:
+        """Go on from what came before all tokens, with `tokens`."""
+        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+        self._held: list[int] = []
+        return "".join([self.push(token_id) for token_id in tokens])
 
 
 def _environment() -> jinja2.Environment:

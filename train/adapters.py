@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from train.errors import TrainError
+from train.flags import option
 from train.model import Model
 
 NAME = "default"  # peft's, of the only adapter
@@ -30,17 +31,9 @@ NAME = "default"  # peft's, of the only adapter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
-    rank: int = 16
-    alpha: int = 32  # the update is scaled by alpha / rank, so that the rank leaves the learning rate alone
-    dropout: float = 0.0  # of the adapters' inputs
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise TrainError(f"adapters of rank {self.rank} hold nothing; give 1 or more")
-        if self.alpha < 1:
-            raise TrainError(f"alpha {self.alpha} leaves the adapters out; give 1 or more")
-        if not 0.0 <= self.dropout < 1.0:
-            raise TrainError(f"dropout {self.dropout} is not in [0, 1); give the share of inputs to leave out")
+    rank: int = option(16, "of the adapters", least=1)
+    alpha: int = option(32, "adapters are scaled by it over the rank, which so leaves the learning rate alone", least=1)
+    dropout: float = option(0.0, "share of the adapters' inputs that is left out", least=0, most=0.99)
 
 
 def attach(model: Model, options: LoraOptions) -> None:
@@ -83,9 +76,10 @@ def disabled(model: Model) -> Iterator[None]:
 
 
 def merge(model: Model) -> PreTrainedModel:
-    """A plain transformers model with the adapters added to its weights, which shares the other parameters.
+    """A plain transformers model with the adapters, if any, added to its weights, which shares the other parameters.
 
-    The model itself stays as it is. A quantized base is taken as what its codes mean, in the parameters' type.
+    What is divided over processes is gathered in each, so all must call it. The model itself
+    stays as it is. A quantized base is taken as what its codes mean, in the parameters' type.
     """
     network = model.network
     config = copy.deepcopy(network.config)
@@ -99,6 +93,8 @@ def merge(model: Model) -> PreTrainedModel:
         holder, of_base, _ = holder.partition(".base_layer")
         if of_base and leaf == "weight":
             value = nn.Parameter(_merged_weight(adapted[holder], model.head.weight.dtype), requires_grad=False)
+        elif isinstance(value, DTensor):
+            value = nn.Parameter(value.full_tensor().detach(), requires_grad=False)
         if of_base or (holder not in adapted and ".lora_" not in name):
             setattr(merged.get_submodule(holder), leaf, value)
     merged.tie_weights()

@@ -183,10 +183,10 @@ class Checkpoints:
             raise error
         self.failures += 1
         path = self._path(step)
-        if self._rank == 0:
-            shutil.rmtree(_incomplete(path), ignore_errors=True)
         cause = next(iter(error.failures.values()))[0]
         free = shutil.disk_usage(self.directory).free
+        if self._rank == 0:
+            shutil.rmtree(_incomplete(path), ignore_errors=True)
         self._problem = f"{path}: {type(cause).__name__}: {cause} ({free:,} bytes free there)"
         if self.failures >= MAX_FAILURES:
             raise TrainError(
@@ -218,7 +218,12 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         for name, text in self._texts.items():
             (_incomplete(self._final_path) / name).write_text(text)
-        return super().write_data(plan, planner)
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # "unexpected pos": torch's words for a write that failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called in process 0, when it has heard from all."""

@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 
 from train.batch import IGNORE, Batch
 from train.errors import TrainError
+from train.flags import option
 from train.head_loss import Score, log_softmax_, product_dtype, total_loss
 from train.loss import Loss, Objective
 from train.model import Model
@@ -18,14 +19,10 @@ from train.model import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillOptions:
-    temperature: float = 1.0  # both models' logits are divided by it
-    ce_weight: float = 0.0  # the share of the data's own tokens in the loss; the rest is the teacher's
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise TrainError(f"temperature {self.temperature} is not above 0; give 1 to 4")
-        if not 0.0 <= self.ce_weight < 1.0:
-            raise TrainError(f"the weight of cross-entropy {self.ce_weight} is not in [0, 1); 1 would need no teacher")
+    temperature: float = option(1.0, "both models' logits are divided by it", least=0.01)
+    ce_weight: float = option(
+        0.0, "share of the data's own tokens in the loss; the rest is the teacher's", least=0, most=0.99
+    )
 
 
 def distill(options: DistillOptions, teacher: Model) -> Objective:

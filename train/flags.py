@@ -31,47 +31,37 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, *kinds: type) -> None:
-    for kind in kinds:
-        for item in fields(kind):
-            parse, text = item.metadata["parse"], item.metadata["help"]
-            if item.default is MISSING and item.name == "checkpoint":
-                parser.add_argument(item.name, type=parse, help=text)
-            elif parse is bool:
-                parser.add_argument(
-                    flag(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text
-                )
-            elif isinstance(item.default, tuple):
-                shown = f" (default: {' '.join(item.default)})" if item.default else ""
-                parser.add_argument(
-                    flag(item.name),
-                    type=parse,
-                    nargs="+",
-                    default=item.default,
-                    choices=item.metadata["choices"],
-                    help=text + shown,
-                )
-            elif item.default is MISSING or item.default is None:
-                parser.add_argument(flag(item.name), type=parse, required=item.default is MISSING, help=text)
-            else:
-                shown = "" if item.default == "" else " (default: %(default)s)"
-                parser.add_argument(
-                    flag(item.name),
-                    type=parse,
-                    default=item.default,
-                    choices=item.metadata["choices"],
-                    help=text + shown,
-                )
+def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> None:
+    """A flag `--PREFIXfield-name` for each field of `kind`; `positional` ones without dashes."""
+    for item in fields(kind):
+        name, parse, text = prefix + item.name, item.metadata["parse"], item.metadata["help"]
+        if item.metadata.get("positional"):
+            parser.add_argument(name, type=parse, help=text)
+        elif item.default is MISSING:
+            parser.add_argument(flag(name), type=parse, required=True, help=text)
+        elif parse is bool:
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
+        else:
+            many = isinstance(item.default, tuple)
+            default = " ".join(item.default) if many else str(item.default)
+            parser.add_argument(
+                flag(name),
+                type=parse,
+                default=item.default,
+                choices=item.metadata["choices"],
+                nargs="+" if many else None,
+                help=text + (f" (default: {default})" if default and item.default is not None else ""),
+            )
 
 
-def from_flags(kind: type[T], args: argparse.Namespace) -> T:
+def from_flags(kind: type[T], args: argparse.Namespace, prefix: str = "") -> T:
     """The dataclass from parsed arguments. Raises TrainError that names flag, value and limit."""
     given: dict[str, Any] = {}
     for item in fields(kind):  # type: ignore[arg-type]
-        value = getattr(args, item.name)
-        least, most = item.metadata["range"]
+        value = getattr(args, prefix + item.name)
+        least, most = item.metadata.get("range", (-math.inf, math.inf))
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
             limit = f"at least {least:g}" if value < least else f"at most {most:g}"
-            raise TrainError(f"{flag(item.name)} {value:g} is out of range; give {limit}")
+            raise TrainError(f"{flag(prefix + item.name)} {value:g} is out of range; give {limit}")
         given[item.name] = tuple(value) if isinstance(value, list) else value
     return kind(**given)

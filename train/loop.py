@@ -24,8 +24,8 @@ from train.checkpoints import Checkpoints
 from train.distributed import World
 from train.errors import TrainError
 from train.guard import Guard
+from train.loss import Objective
 from train.model import Model
-from train.objectives import Objective
 from train.optimizers import Optimizers
 from train.options import Options
 from train.schedule import factor
@@ -47,10 +47,11 @@ class Training:
     optimizers: Optimizers
     guard: Guard
     checkpoints: Checkpoints
-    tracker: Tracker
     steps: int
     eval_every: int
     dtype: torch.dtype
+    flops_per_token: float
+    peak_flops: float  # of one process's device
     step: int = 0
     tokens: int = 0
 
@@ -71,11 +72,12 @@ class Training:
         return True
 
 
-def train(run: Training) -> bool:
+def train(run: Training, tracker: Tracker) -> bool:
     """From `run.step` to the end; False if a signal ended it early. Either way all is saved."""
     options, world = run.options, run.world
     with signals() as asked_to_end:
         while run.step < run.steps:
+            started = time.monotonic()
             rate = factor(options.schedule, run.step, run.steps, warmup=options.warmup, decay=options.decay)
             run.optimizers.set_lr(rate)
             batch = run.data.batch(run.step, world.rank, world.size).to(world.device)
@@ -86,18 +88,28 @@ def train(run: Training) -> bool:
             run.optimizers.zero_grad()
             run.step += 1
 
-            tokens, ending = world.sum(batch.num_tokens, bool(asked_to_end))
-            run.tokens += int(tokens)
-            run.tracker.log(run.step, run.tokens, figures | {"learning_rate": rate * options.learning_rate})
+            num_tokens, ending = world.sum(batch.num_tokens, bool(asked_to_end))
+            run.tokens += int(num_tokens)
+            figures |= {"learning_rate": rate * options.learning_rate, "rejected": run.guard.rejected}
+            report(run, tracker, figures, num_tokens, time.monotonic() - started)
             last = run.step == run.steps
             if run.held_out and (last or run.step % run.eval_every == 0):
-                run.tracker.log_held_out(run.step, run.tokens, judge(run, run.held_out))
+                found = {f"held_out_{name}": value for name, value in judge(run, run.held_out).items()}
+                tracker.log(run.step, {"tokens": run.tokens, **found})
             if last or ending or run.checkpoints.due(run.step, time.monotonic()):
                 run.checkpoints.save(run.step, run.model, run.optimizers, run.values())
             if ending:
                 break
     run.checkpoints.finish()
     return run.step == run.steps
+
+
+def report(run: Training, tracker: Tracker, figures: dict[str, float], num_tokens: float, seconds: float) -> None:
+    speed = num_tokens / seconds
+    mfu = speed * run.flops_per_token / (run.peak_flops * run.world.size)
+    measured = {"tokens": run.tokens, "batch_tokens": num_tokens, "seconds": seconds, "tokens_per_second": speed}
+    tracker.log(run.step, figures | measured | {"mfu": mfu})
+    tracker.show(run.step, loss=figures["loss"], tokens_per_second=speed, mfu=mfu)
 
 
 def learn(run: Training, batch: Batch) -> dict[str, float]:
@@ -107,7 +119,8 @@ def learn(run: Training, batch: Batch) -> dict[str, float]:
     for micro in batch.split(run.options.micro_batch or len(batch.tokens)):
         with run.world.autocast(run.dtype):
             loss = run.objective(run.model, micro)
-        (loss.total * (run.world.size / max(count, 1))).backward()  # FSDP2 takes the mean over the processes
+        # FSDP2 takes the mean over the processes.
+        (loss.total * (run.world.size / max(count, 1))).backward()  # type: ignore[no-untyped-call]
         add(sums, {"loss": loss.total.detach(), **loss.metrics})
     return mean(run.world, sums, count)
 

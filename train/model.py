@@ -30,6 +30,7 @@ HEAD_SETTINGS: Mapping[str, float | None] = {
     "logits_scaling": 1.0,  # Granite
     "logit_scale": 1.0,  # Cohere
     "lm_head_multiplier": 1.0,  # Falcon-H1
+    "output_multiplier": 1.0,  # Muse Glimmer
 }
 # Other layers carry a state along the row, from one packed sequence into the next.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}

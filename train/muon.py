@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,19 +32,12 @@ class Muon(torch.optim.Optimizer):
     State and formula are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw").
     """
 
-    def __init__(
-        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.ndim != 2:
-                    raise TrainError(f"Muon takes matrices, not {list(parameter.shape)}; give it to AdamW")
-                _shard_axis(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "no closure: the loop computes the loss"
+    def step(self) -> None:  # type: ignore[override]
+        """Raises TrainError for matrices that are divided otherwise."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -79,8 +72,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = torch.cpu.get_capabilities()
-        native = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if native else torch.float32
 
 

@@ -14,13 +14,13 @@ from train.errors import TrainError
 from train.flags import option
 from train.muon import Muon
 
-OPTIMIZERS = ("muon", "adamw")
+OPTIMIZERS = ("adamw", "muon")
 _IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerOptions:
-    optimizer: str = option("muon", "of the matrices in the layers; the rest is AdamW's always", choices=OPTIMIZERS)
+    optimizer: str = option("adamw", "of the matrices in the layers; the rest is AdamW's always", choices=OPTIMIZERS)
     weight_decay: float = option(0.1, "of the matrices in the layers, times the learning rate", least=0, most=1)
     momentum: float = option(0.95, "Muon's", least=0, most=1)
     beta1: float = option(0.9, "AdamW's, of the mean gradient", least=0, most=1)

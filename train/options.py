@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.flags import option
+from train.samples import TooLong
 from train.schedule import SCHEDULES
+from train.teacher import Precision
 
 ADAPTERS = ("none", "lora", "qlora")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -14,15 +16,17 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    checkpoint: Path = field(metadata={"help": "Hugging Face directory to start from", "parse": Path, "range": (0, 0)})
+    checkpoint: Path = field(
+        metadata={"help": "Hugging Face directory to start from", "parse": Path, "positional": True}
+    )
     data: tuple[Path, ...] = option((), "files and folders to learn from")
     held_out: tuple[Path, ...] = option((), "files and folders to judge by, never learnt from")
-    output: Path = field(metadata={"help": "folder of the run", "parse": Path, "range": (0, 0)})
+    output: Path = field(metadata={"help": "folder of the run", "parse": Path})
     objective: str = option("next-token", "what to learn")
     shape: str = option("", "of the data, if the objective takes several: text or chat")
-    too_long: str = option("skip", "a sample longer than the context, except text", choices=("skip", "cut"))
+    too_long: TooLong = option("skip", "a sample longer than the context, except text", choices=("skip", "cut"))
     teacher: str = option("", "checkpoint to learn from, for distill")
-    teacher_precision: str = option("bfloat16", "of the teacher", choices=("float32", "bfloat16", "int8", "nf4"))
+    teacher_precision: Precision = option("bfloat16", "of the teacher", choices=("float32", "bfloat16", "int8", "nf4"))
     adapter: str = option("none", "train low-rank adapters and not the model itself", choices=ADAPTERS)
     context: int = option(0, "tokens in a row; 0: what the model allows, at most 1024", least=0)
     batch: int = option(8, "rows, or examples, in a step, over all processes", least=1)

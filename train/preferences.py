@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from train.adapters import disabled
 from train.batch import IGNORE, Batch
-from train.errors import TrainError
+from train.flags import option
 from train.head_loss import log_probabilities
 from train.loss import Loss, Objective
 from train.model import Model
@@ -22,27 +22,17 @@ from train.model import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpoOptions:
-    beta: float = 0.1  # how much a nat of difference to the reference counts; less lets the model go further
-    label_smoothing: float = 0.0  # the share of pairs that are taken to be the wrong way round
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise TrainError(
-                f"label smoothing {self.label_smoothing} is not in [0, 0.5); give the share of wrong pairs"
-            )
+    beta: float = option(0.1, "what a nat of difference to the reference counts; less goes further", least=1e-6)
+    label_smoothing: float = option(0.0, "share of pairs that are taken to be the wrong way round", least=0, most=0.49)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KtoOptions:
-    beta: float = 0.1
-    desirable_weight: float = 1.0  # the paper keeps desirable : undesirable, counts times weights, from 1:1 to 4:3
-    undesirable_weight: float = 1.0
+    """The paper keeps desirable : undesirable, counts times weights, from 1:1 to 4:3."""
 
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
-        check_positive("desirable weight", self.desirable_weight)
-        check_positive("undesirable weight", self.undesirable_weight)
+    beta: float = option(0.1, "what a nat of difference to the reference counts; less goes further", least=1e-6)
+    desirable_weight: float = option(1.0, "of the answers that were liked", least=0)
+    undesirable_weight: float = option(1.0, "of the answers that were not", least=0)
 
 
 def dpo(options: DpoOptions, reference: Model | None) -> Objective:
@@ -126,8 +116,3 @@ def mean_of_all(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums[0] / sums[1]
-
-
-def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise TrainError(f"{name} {value} is not above 0; give a positive number")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from train.adapters import LoraOptions, attach, merge
 from train.batch import Batches
@@ -21,62 +23,82 @@ from train.distributed import World, joined
 from train.errors import TrainError
 from train.export import digest, export
 from train.flags import add_flags, from_flags
+from train.flops import flops_per_token
 from train.guard import Guard, GuardOptions
 from train.loop import Training, train
 from train.model import Model, load_model
 from train.objectives import OBJECTIVES, make_objective
 from train.optimizers import OptimizerOptions, make_optimizers
 from train.options import Options
+from train.peak import measure_peak
+from train.plot import draw
 from train.preferences import DpoOptions, KtoOptions
 from train.run_folder import RunFolder, environment
 from train.samples import Shape
 from train.teacher import load_teacher
 from train.token_store import TokenStore, prepare
-from train.tracker import Tracker, TrackerOptions
+from train.tracker import Tracker, TrackerOptions, read_metrics
 
 EXIT_ENDED = 143  # as a shell reports SIGTERM: an orchestrator starts the same command again, which goes on
 MOST_CONTEXT = 1024
 JUDGEMENTS = 10  # in a run
 ADAPTER_FACTOR = 10  # adapters want about ten times the learning rate (Schulman et al. 2025)
 LEARNING_RATES = {"next-token": 3e-4, "sft": 3e-5, "dpo": 1e-6, "kto": 1e-6, "distill": 1e-4, "classify": 3e-5}
-KINDS = (
-    Options,
-    LoraOptions,
-    OptimizerOptions,
-    DpoOptions,
-    KtoOptions,
-    DistillOptions,
-    GuardOptions,
-    CheckpointOptions,
-    TrackerOptions,
-)
+KINDS: dict[type, str] = {  # with the prefix of their flags
+    Options: "",
+    LoraOptions: "lora_",
+    OptimizerOptions: "",
+    DpoOptions: "dpo_",
+    KtoOptions: "kto_",
+    DistillOptions: "distill_",
+    GuardOptions: "",
+    CheckpointOptions: "",
+    TrackerOptions: "",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, *KINDS)
+    for kind, prefix in KINDS.items():
+        add_flags(parser, kind, prefix)
 
 
 def run(args: argparse.Namespace) -> int:
-    asked: dict[type, Any] = {kind: from_flags(kind, args) for kind in KINDS}
+    transformers_logging.disable_progress_bar()
+    asked: dict[type, Any] = {kind: from_flags(kind, args, prefix) for kind, prefix in KINDS.items()}
     with joined() as world:
         folder = RunFolder(asked[Options].output)
         if folder.finished:
             print(f"{folder.model} is there: this run is done")
             return 0
         if world.leads:
-            folder.open({name: value for kind in KINDS for name, value in asdict(asked[kind]).items()})
+            folder.open(
+                {prefix + name: value for kind, prefix in KINDS.items() for name, value in asdict(asked[kind]).items()}
+            )
         world.wait()
         training, sources = put_together(asked, folder, world)
         if training.resume():
             world.say(f"resumed after step {training.step} of {training.steps}")
-        with training.tracker:
-            done = train(training)
+        tracker = Tracker(
+            folder.path,
+            asked[TrackerOptions],
+            steps=training.steps,
+            start=training.step,
+            settings=json.loads((folder.path / "options.json").read_text()),
+            leads=world.leads,
+        )
+        done = False
+        try:
+            done = train(training, tracker)
+        finally:
+            tracker.close(failed=not done)
+            if world.leads:
+                draw(folder.path)
         if not done:
             world.say(f"ended after step {training.step} of {training.steps}, saved; the same command goes on")
             return EXIT_ENDED
         network = merge(training.model)
         if world.leads:
-            export(network, training.options.checkpoint, folder.model, record(training, sources))
+            export(network, training.options.checkpoint, folder.model, record(training, folder, sources))
             print(f"{folder.model} is a checkpoint: give it to `python -m compress quantize`")
     return 0
 
@@ -99,6 +121,7 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
         )
 
     model = load()
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     reference = load().requires_grad_(False).eval() if kind.reference and options.adapter == "none" else None
     teacher = None
     if kind.teacher and options.teacher:
@@ -124,12 +147,21 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
         optimizers=make_optimizers(model.named_parameters(), options.learning_rate, asked[OptimizerOptions]),
         guard=Guard(asked[GuardOptions]),
         checkpoints=Checkpoints(folder.checkpoints, asked[CheckpointOptions]),
-        tracker=Tracker(folder.path, asked[TrackerOptions], leads=world.leads, steps=steps),
         steps=steps,
         eval_every=options.eval_every or max(1, steps // JUDGEMENTS),
-        dtype=torch.bfloat16 if options.precision == "bfloat16" else torch.float32,
+        dtype=dtype,
+        flops_per_token=arithmetic(model, options.context),
+        peak_flops=measure_peak(world.device, dtype),
     )
     return training, msgspec.to_builtins(store.info)
+
+
+def arithmetic(model: Model, context: int) -> float:
+    """FLOPs of a token; for a family that cannot be counted exactly, 6 for each parameter."""
+    try:
+        return flops_per_token(model.config, context)
+    except TrainError:
+        return 6.0 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def settled(options: Options, world: World) -> Options:
@@ -187,10 +219,10 @@ def tokenized(options: Options, folder: RunFolder, world: World) -> tuple[TokenS
         world.wait()
     # One row, or as few examples as there can be, at a time: what is left over at the end would be judged twice.
     size = world.size * (2 if shape == Shape.THUMBS else 1)
-    return store, held_out and open_batches(held_out, size, options.seed)
+    return store, open_batches(held_out, size, options.seed) if held_out else None
 
 
-def record(training: Training, sources: dict[str, Any]) -> dict[str, Any]:
+def record(training: Training, folder: RunFolder, sources: dict[str, Any]) -> dict[str, Any]:
     """training.json: what was learnt, from what, and from whom."""
     return {
         "objective": training.options.objective,
@@ -198,7 +230,7 @@ def record(training: Training, sources: dict[str, Any]) -> dict[str, Any]:
         "steps": training.step,
         "tokens": training.tokens,
         "rejected_steps": training.guard.rejected,
-        "metrics": training.tracker.last,
+        "metrics": read_metrics(folder.path)[-1],
         "data": sources,
         "parent": digest(training.options.checkpoint),
         "environment": environment(),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serve.engine import Engine
-from serve.errors import Draining, Overloaded
+from serve.errors import Draining, Overloaded, TimedOut
 from serve.plan import Output, Plan, Runner
 from serve.request import Request
 from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, ListChannel, ask, finish
@@ -173,7 +173,9 @@ def test_a_request_that_is_too_old_ends_with_an_error(make_engine: MakeEngine) -
     request.arrival -= 11
     finish(make_engine(timeout=10), request)
     assert isinstance(request.channel, ListChannel)
-    assert "timed out after 10 s" in (request.channel.chunks[-1].error or "")
+    error = request.channel.chunks[-1].error
+    assert isinstance(error, TimedOut)
+    assert "timed out after 10 s" in error.message
 
 
 def test_drain_finishes_what_was_accepted(make_engine: MakeEngine) -> None:

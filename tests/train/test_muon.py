@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from train import muon
-from train.errors import TrainError
 from train.muon import Muon, orthogonalize, product_dtype
 
 SHAPES = ((12, 12), (5, 12), (12, 5), (5, 12), (5, 12), (1, 12))
@@ -67,11 +66,6 @@ def test_without_a_gradient_a_matrix_stays() -> None:
     assert still.eq(1).all()
     assert moving.ne(1).all()
     assert still not in optimizer.state
-
-
-def test_only_matrices() -> None:
-    with pytest.raises(TrainError, match=r"\[3\]; give it to AdamW"):
-        Muon([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
 @pytest.mark.parametrize(

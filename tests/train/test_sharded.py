@@ -78,8 +78,10 @@ def work(rank: int, folder: Path) -> None:
     with pytest.raises(TrainError, match="No space left"):
         broken.finish()
     by_columns = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    by_columns.grad = torch.zeros_like(by_columns)
+    optimizer = Muon([by_columns], lr=0.1, momentum=0.9, weight_decay=0.0)
     with pytest.raises(TrainError, match="divided by rows once"):
-        Muon([by_columns], lr=0.1, momentum=0.9, weight_decay=0.0)
+        optimizer.step()
     dist.destroy_process_group()
 
 
