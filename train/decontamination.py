@@ -1,7 +1,7 @@
 """Training documents that hold text of the evaluation files are dropped: any n-gram of words in common is enough.
 
-After GPT-3 (Brown et al. 2020, appendix C). N-grams of which half or more are repetitions do not count. Texts are compared as datatrove simplifies them: small letters, no
-punctuation, no accents, all numbers equal.
+After GPT-3 (Brown et al. 2020, appendix C). N-grams of which half or more are repetitions do not count. Texts are
+compared as datatrove simplifies them: small letters, no punctuation, no accents, all numbers equal.
 """
 
 from __future__ import annotations
