@@ -99,6 +99,8 @@ def merge(model: Model) -> PreTrainedModel:
         holder, of_base, _ = holder.partition(".base_layer")
         if of_base and leaf == "weight":
             value = nn.Parameter(_merged_weight(adapted[holder], model.head.weight.dtype), requires_grad=False)
+        elif isinstance(value, DTensor):
+            value = nn.Parameter(_whole(value).detach(), requires_grad=False)
         if of_base or (holder not in adapted and ".lora_" not in name):
             setattr(merged.get_submodule(holder), leaf, value)
     merged.tie_weights()
