@@ -129,13 +129,12 @@ class CheckpointTarget:
         tokens = self._padded(rows, left=True)
         length = tokens.shape[1]
         mask = self._padded([[1] * len(row) for row in rows], left=True)
+        sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         config = generation_config(
             max_new_tokens=sampling.max_tokens,
             eos_token_id=self._ends or None,
             pad_token_id=0,
-            top_k=0,
-            top_p=1.0,
-            **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {}),
+            **(sampled if sampling.temperature else {}),
         )
         criteria = [StopTexts(self.tokenization, length, sampling.stop)] if sampling.stop else []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
