@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from serve.channel import AsyncChannel, Bell, merge
@@ -16,10 +16,20 @@ Ended = Callable[["Answer", int], None]
 class Answer:
     """What the engine says to one call: `n` answers to each prompt, numbered prompt * n + copy.
 
-    Use it in a `with`: leaving it cancels in the engine whatever is not finished.
+    With `echoes`, a text for each prompt, every answer begins with its prompt: that text, and its tokens. Use it in a
+    `with`: leaving it cancels in the engine whatever is not finished.
     """
 
-    def __init__(self, id: str, model: str, requests: list[Request], bell: Bell, n: int, ended: Ended) -> None:
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        requests: list[Request],
+        bell: Bell,
+        n: int,
+        ended: Ended,
+        echoes: Sequence[str] | None = None,
+    ) -> None:
         self.id = id
         self.model = model
         self.created = int(time.time())
@@ -32,6 +42,8 @@ class Answer:
         self._channels = [channel for r in requests if isinstance(channel := r.channel, AsyncChannel)]
         self._usages = [request.usage for request in requests]
         self._open = list(range(len(requests)))
+        self._echoes = echoes
+        self._unechoed = set(self._open if echoes else ())
 
     def __enter__(self) -> Answer:
         return self
@@ -53,6 +65,8 @@ class Answer:
                         self.texts[index].append(chunk.text)
                     if chunk.finish_reason is not None:
                         self._finish(index, chunk)
+                    if index in self._unechoed:
+                        self._begin(index, chunk)
                     return index, chunk
             await self._bell.wait()
         raise StopAsyncIteration
@@ -78,6 +92,10 @@ class Answer:
             cached=sum(usage.cached for usage in prompts),
         )
 
+    def echo_of(self, index: int) -> str | None:
+        """The text that an answer begins with, if it is its prompt."""
+        return None if self._echoes is None else self._echoes[index // self.n]
+
     def usage_of(self, index: int) -> Usage:
         return self._usages[index]
 
@@ -88,6 +106,13 @@ class Answer:
             self._usages[index] = self.requests[index].usage
             self._ended(self, index)
         self._open = []
+
+    def _begin(self, index: int, chunk: Chunk) -> None:
+        """Put the prompt before an answer's first chunk."""
+        self._unechoed.remove(index)
+        chunk.text = (self.echo_of(index) or "") + chunk.text
+        chunk.token_ids = self.requests[index].prompt + chunk.token_ids
+        chunk.logprobs, chunk.prompt_logprobs = chunk.prompt_logprobs + chunk.logprobs, []
 
     def _finish(self, index: int, chunk: Chunk) -> None:
         self._open.remove(index)

@@ -79,12 +79,20 @@ class Generate(Call):
         """How many alternatives to report per token; None: no log-probabilities at all."""
         raise NotImplementedError
 
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
+
 
 class CompletionRequest(Generate, kw_only=True):
     prompt: Inputs
+    max_tokens: Natural | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool = False  # begin the answer with the prompt
 
     def check(self) -> None:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens is 0; ask for at least 1 token, or for echo", param="max_tokens")
         num_prompts = len(split_inputs(self.prompt, "prompt"))
         if num_prompts * self.n > MAX_ANSWERS:
             raise InvalidRequest(
@@ -97,6 +105,9 @@ class CompletionRequest(Generate, kw_only=True):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 class TextPart(Part):
@@ -205,7 +216,7 @@ def split_inputs(value: Inputs, param: str) -> list[str] | list[list[int]]:
 
 
 def to_params(request: Generate, remaining_context: int, vocab_size: int) -> SamplingParams:
-    """The engine's parameters. `remaining_context` is what the prompt leaves, in tokens, at least 1."""
+    """The engine's parameters. `remaining_context` is what the prompt leaves, in tokens."""
     max_tokens = request.token_limit(remaining_context)
     if max_tokens > remaining_context:
         raise InvalidRequest(
@@ -233,6 +244,7 @@ def to_params(request: Generate, remaining_context: int, vocab_size: int) -> Sam
         frequency_penalty=float(request.frequency_penalty),
         logit_bias=tuple(request.logit_bias.items()),
         logprobs=request.num_logprobs(),
+        prompt_logprobs=request.num_prompt_logprobs(),
     )
 
 

@@ -78,6 +78,7 @@ def merge(into: Chunk, chunk: Chunk) -> None:
     into.text += chunk.text
     into.token_ids += chunk.token_ids
     into.logprobs += chunk.logprobs
+    into.prompt_logprobs += chunk.prompt_logprobs
     into.finish_reason = chunk.finish_reason or into.finish_reason
     into.usage = chunk.usage or into.usage
     into.error = chunk.error or into.error

@@ -12,32 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from serve.errors import Draining, InvalidRequest, Overloaded
+from serve.generation import Generation
 from serve.metrics import Metrics
-from serve.plan import Floats, Output, Runner
+from serve.plan import Floats, Output, Runner, Segment
 from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
-from serve.sampler import Sampler
+from serve.sampler import prompt_logprobs
 from serve.scheduler import Scheduler, Step
-from serve.stopping import StopStrings
-from serve.tokenizer import TextStream, Tokenizer
+from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("pawl.engine")
 
 Deliver = Callable[[list[tuple[Channel, Chunk]]], None]
-
-
-@dataclass(slots=True)
-class Generation:
-    """What the engine keeps for a request beside its state: how it chooses, spells and stops."""
-
-    sampler: Sampler
-    text: TextStream
-    stop: StopStrings
-    stop_ids: frozenset[int]
 
 
 class Engine:
@@ -80,7 +69,7 @@ class Engine:
         """
         capacity = self.scheduler.cache.capacity
         for request in requests:
-            if len(request.prompt) + (not request.embed) > capacity:
+            if len(request.prompt) + request.generates > capacity:
                 raise InvalidRequest(
                     f"the prompt has {len(request.prompt)} tokens and a request can have {capacity}, completion "
                     "included; shorten it, or start the server with a larger --max-context or --kv-budget-mib"
@@ -151,7 +140,8 @@ class Engine:
             else:
                 self.scheduler.advance(step)
                 self._sample(step, output)
-                self.scheduler.cost.observe(len(step.plan.tokens), time.monotonic() - now, step.num_prompt_tokens)
+                seconds = time.monotonic() - now
+                self.scheduler.cost.observe(len(step.plan.tokens), seconds, step.num_prompt_tokens, step.scored)
         self._observe(step)
         self._flush()
 
@@ -159,14 +149,9 @@ class Engine:
         while self._arrivals:
             request = self._arrivals.popleft()
             try:
-                stop_ids = request.params.stop_token_ids
-                if not request.params.ignore_eos:
-                    stop_ids += self.eos_token_ids
+                capacity = self.scheduler.cache.capacity
                 self._generations[request] = Generation(
-                    Sampler(request.params, request.prompt, self.vocab_size, stop_ids),
-                    self.tokenizer.decode_stream(request.prompt),
-                    StopStrings(request.params.stop),
-                    frozenset(stop_ids),
+                    request, self.tokenizer, self.vocab_size, self.eos_token_ids, capacity
                 )
                 self.scheduler.waiting.append(request)
             except Exception as error:
@@ -182,7 +167,7 @@ class Engine:
                 self._finish(request, "error", Chunk(error=error))
 
     def _sample(self, step: Step, output: Output) -> None:
-        """Turn wanted rows into tokens. Wanted positions come in the order of the segments."""
+        """Turn wanted rows into tokens and scores. Wanted positions come in the order of the segments."""
         at = hidden_at = 0
         gaps: list[float] = []
         tokens, now = step.plan.tokens, time.monotonic()
@@ -192,9 +177,14 @@ class Engine:
                     hidden_at += segment.count
                     self._embed(request, output.hidden[hidden_at - segment.count : hidden_at])
                     continue
+                if segment.scored:
+                    at += segment.scored
+                    self._score(request, segment, output, output.rows[at - segment.scored : at])
                 end = segment.start + segment.count
                 num_drafts = segment.past + segment.count - request.length
-                if num_drafts >= 0:  # else there is more of the prompt to come
+                if num_drafts >= 0 and not request.generates:
+                    self._finish(request, "length", Chunk(prompt_logprobs=request.prompt_logprobs))
+                elif num_drafts >= 0:  # else there is more of the prompt to come
                     rows = output.rows[at : at + num_drafts + 1]
                     at += num_drafts + 1
                     self._extend(request, output, rows, tokens[end - num_drafts : end], now, gaps)
@@ -229,24 +219,21 @@ class Engine:
 
     def _append(self, request: Request, token: int, chosen: TokenLogprob | None) -> None:
         """A new token: spell it, look for a reason to stop, answer."""
-        generation = self._generations[request]
-        request.output.append(token)
-        chunk = Chunk(token_ids=[token], logprobs=[chosen] if chosen else [])
-        reason: FinishReason | None = None
-        if token in generation.stop_ids and len(request.output) > request.params.min_tokens:
-            reason = "stop"
-        else:
-            chunk.text, stopped = generation.stop.push(generation.text.push(token))
-            if stopped:
-                reason = "stop"
-            elif len(request.output) >= request.params.max_tokens or request.length >= self.scheduler.cache.capacity:
-                reason = "length"
+        text, reason = self._generations[request].append(token)
+        chunk = Chunk(text, [token], [chosen] if chosen else [])
+        if len(request.output) == 1:
+            chunk.prompt_logprobs = request.prompt_logprobs
         if reason is None:
             self._emit(request, chunk)
         else:
-            if reason == "length" or token in generation.stop_ids:
-                chunk.text += generation.stop.flush()
             self._finish(request, reason, chunk)
+
+    @staticmethod
+    def _score(request: Request, segment: Segment, output: Output, rows: Sequence[int]) -> None:
+        """Tell the log-probabilities of the prompt's tokens that follow the segment's scored positions."""
+        assert request.params.prompt_logprobs is not None
+        tokens = request.span(segment.past + 1, segment.past + 1 + segment.scored)
+        request.prompt_logprobs += prompt_logprobs(output, rows, tokens, request.params.prompt_logprobs)
 
     def _embed(self, request: Request, hidden: Floats) -> None:
         """Add a chunk's hidden states, [count, hidden]; after the last one answer with their normed mean."""

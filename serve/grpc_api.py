@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -167,7 +168,8 @@ class GrpcApi:
     async def _stream(self, context: Context, answer: Answer) -> None:
         with answer:  # leaving cancels: grpc cancels this task when the client leaves or its deadline passes
             async for index, chunk in answer:
-                await context.write(chunk_message(answer, index, chunk, self.service.tokenizer))
+                work = partial(chunk_message, answer, index, chunk, self.service.tokenizer)
+                await context.write(await self.service.offload(chunk.num_named, work))
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

@@ -6,6 +6,7 @@ import base64
 import logging
 import struct
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -128,13 +129,15 @@ class HttpApi:
         chat = isinstance(call, ChatRequest)
         with answer:  # leaving cancels: aiohttp cancels this task when the client leaves
             if not call.stream:
-                return _json_bytes(whole_json(answer, await answer.fold(), self.service.tokenizer, chat=chat))
+                chunks = await answer.fold()
+                work = partial(whole_json, answer, chunks, self.service.tokenizer, chat=chat)
+                return _json_bytes(await self.service.offload(sum(chunk.num_named for chunk in chunks), work))
             include_usage = call.stream_options is not None and call.stream_options.include_usage
             events = Events(answer, self.service.tokenizer, chat=chat, include_usage=include_usage)
             stream = await EventStream.open(request, {"X-Request-Id": request_id} if request_id else {})
             try:
                 async for index, chunk in answer:
-                    if event := events.of(index, chunk):
+                    if event := await self.service.offload(chunk.num_named, partial(events.of, index, chunk)):
                         stream.send(event)
                         await stream.drained()
                 stream.send(events.end())

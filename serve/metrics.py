@@ -149,8 +149,8 @@ class Metrics:
         if request.first_scheduled is None:
             return
         self._queue_time.observe(request.first_scheduled - request.arrival)
-        if request.first_token is None or request.last_token is None:  # an embedding, or ended in its prefill
-            if request.embed:
+        if request.first_token is None or request.last_token is None:  # none was wanted, or ended in its prefill
+            if not request.generates:
                 self._inference_time.observe(now - request.first_scheduled)
             return
         num_tokens = len(request.output)

@@ -18,34 +18,53 @@ DONE = b"data: [DONE]\n\n"
 encode = msgspec.json.Encoder().encode
 
 
+class Offsets:
+    """Where one answer's tokens start in its text, in characters; amid a character, where that starts."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], echo: str | None) -> None:
+        self._of_prompt = [] if echo is None else tokenizer.offsets(prompt, echo)
+        self._stream = tokenizer.decode_stream(prompt)
+        self._at = len(echo or "")
+
+    def push(self, tokens: list[int]) -> list[int]:
+        """Of the tokens that come next; an echoed prompt's are the first ones."""
+        offsets, self._of_prompt = self._of_prompt, []
+        for token in tokens[len(offsets) :]:
+            offsets.append(self._at)
+            self._at += len(self._stream.push(token))
+        return offsets
+
+
 class Spelling:
     """How log-probabilities are written: completions and chat differ. Knows each answer's length so far."""
 
-    def __init__(self, tokenizer: Tokenizer, num_answers: int, *, chat: bool) -> None:
+    def __init__(self, answer: Answer, tokenizer: Tokenizer, *, chat: bool) -> None:
+        self._answer = answer
         self._tokenizer = tokenizer
         self._chat = chat
-        self._offsets = [0] * num_answers  # in characters
+        self._offsets: dict[int, Offsets] = {}
 
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         if self._chat:
             return {"content": [self._chat_entry(entry) for entry in entries]}
-        tokens = [self._tokenizer.token_text(entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+        if index not in self._offsets:
+            prompt, echo = self._answer.requests[index].prompt, self._answer.echo_of(index)
+            self._offsets[index] = Offsets(self._tokenizer, prompt, echo)
         return {
             "tokens": [self._name(entry.token_id) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self._name(id): logprob for id, logprob in entry.top} for entry in entries],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": self._offsets[index].push([entry.token_id for entry in entries]),
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+        return None if entry.logprob is None else {self._name(id): logprob for id, logprob in entry.top}
 
     def _chat_entry(self, entry: TokenLogprob) -> dict[str, Any]:
         top = [self._chat_token(id, logprob) for id, logprob in entry.top]
         return self._chat_token(entry.token_id, entry.logprob) | {"top_logprobs": top}
 
-    def _chat_token(self, id: int, logprob: float) -> dict[str, Any]:
+    def _chat_token(self, id: int, logprob: float | None) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(id)
         return {"token": self._tokenizer.token_text(id), "logprob": logprob, "bytes": list(data)}
 
@@ -68,7 +87,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 def whole_json(answer: Answer, chunks: list[Chunk], tokenizer: Tokenizer, *, chat: bool) -> bytes:
     """The body of an answer that is not streamed."""
-    spelling = Spelling(tokenizer, len(chunks), chat=chat)
+    spelling = Spelling(answer, tokenizer, chat=chat)
     choices = [
         {
             "index": index,
@@ -89,7 +108,7 @@ class Events:
         self._answer = answer
         self._chat = chat
         self._include_usage = include_usage
-        self._spelling = Spelling(tokenizer, len(answer.requests), chat=chat)
+        self._spelling = Spelling(answer, tokenizer, chat=chat)
         self._envelope = _envelope(answer, "chat.completion.chunk" if chat else "text_completion")
         opening = b"data: " + encode(self._envelope)[:-1]
         self._last = b',"usage":null}\n\n' if include_usage else b"}\n\n"

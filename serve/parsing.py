@@ -25,7 +25,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "dimensions": (),
     "documents": ([],),
     "early_stopping": (False,),
-    "echo": (False,),
+    "echo": (False,),  # in chat
     "episode_id": (),
     "function_call": ("none",),
     "functions": ([],),

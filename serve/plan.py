@@ -4,6 +4,7 @@ Tokens are flat, `[n]`. A segment is a run of them that belongs to one request: 
 `start`, to be written behind the `past` tokens that lie in the blocks of its table. Prefill chunks, decode rows
 (`count` 1) and verification mix freely. `wanted` lists the flat positions whose logits are to be returned, in that
 order, `temperatures` the temperature each will be sampled with (0: greedy); `hidden` those whose hidden state is.
+A segment's first `scored` positions are wanted to tell the probability of the tokens that follow: at temperature 1.
 `copies` are done first: the first `length` positions of block `source` into block `target` (prefix reuse of runners
 whose blocks hold a whole request).
 """
@@ -28,6 +29,7 @@ class Segment:
     past: int
     start: int
     count: int
+    scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,25 @@ class Plan:
     copies: list[Copy] = field(default_factory=list)
 
     def add(
-        self, blocks: Blocks, past: int, tokens: list[int], *, want: Want = "last", temperature: float = 0.0
+        self,
+        blocks: Blocks,
+        past: int,
+        tokens: list[int],
+        *,
+        want: Want = "last",
+        temperature: float = 0.0,
+        scored: int = 0,
     ) -> None:
-        """Append a segment; `want`: the logits of its "last" or of "all" positions, their "hidden" states or "none"."""
+        """Append a segment; `want`: the logits of its "last" or of "all" positions, their "hidden" states or "none".
+
+        Before them come the logits of the first `scored` positions, which go with "last" and "none" only.
+        """
         start = len(self.tokens)
         self.tokens += tokens
         end = len(self.tokens)
-        self.segments.append(Segment(blocks, past, start, end - start))
+        self.segments.append(Segment(blocks, past, start, end - start, scored))
+        self.wanted += range(start, start + scored)
+        self.temperatures += [1.0] * scored
         if want == "last":
             self.wanted.append(end - 1)
             self.temperatures.append(temperature)

@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams:
     """How to choose tokens. The defaults are the server's; validated in `serve.api`, trusted here."""
 
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0: only the prompt is computed
     min_tokens: int = 0
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
@@ -39,6 +39,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most probable
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class TokenLogprob:
     """Natural-log probability of one token under the model (before temperature and penalties)."""
 
     token_id: int
-    logprob: float
+    logprob: float | None  # None: of a prompt's first token, which nothing foretells
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most probable first
 
 
@@ -66,10 +67,16 @@ class Chunk:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all the prompt's tokens, in the first chunk
     finish_reason: FinishReason | None = None
     usage: Usage | None = None  # in the last chunk
     error: str | None = None  # with finish_reason "error"
     embedding: Sequence[float] | None = None  # only for embedding requests
+
+    @property
+    def num_named(self) -> int:
+        """Tokens that its log-probabilities name."""
+        return sum(1 + len(entry.top) for entry in self.logprobs)
 
 
 class Channel(Protocol):
@@ -102,6 +109,16 @@ class Request:
     last_token: float | None = None
     finish_reason: FinishReason | None = None
     hidden_sum: NDArray[np.float64] | None = None  # over the prompt so far, for embeddings: [hidden]
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far, if asked for
+
+    def __post_init__(self) -> None:
+        self.forget_sums()
+
+    def forget_sums(self) -> None:
+        """Begin anew with what is gathered from the prompt's chunks, unless all of it is there."""
+        self.hidden_sum = None
+        if self.scoring:
+            self.prompt_logprobs = [TokenLogprob(self.prompt[0], None)]
 
     @property
     def length(self) -> int:
@@ -117,6 +134,16 @@ class Request:
     def prefilling(self) -> bool:
         """True while the prompt is not wholly in the cache."""
         return self.computed < len(self.prompt)
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are wanted behind the prompt."""
+        return not self.embed and self.params.max_tokens > 0
+
+    @property
+    def scoring(self) -> bool:
+        """True while log-probabilities of the prompt's tokens are wanted and not all there."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
 
     @property
     def decoding(self) -> bool:

@@ -10,6 +10,8 @@ have found already, nearly always decide; more of the row is sorted only when th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -112,6 +114,24 @@ class Sampler:
             return None
         at = int(cumulative[:end].searchsorted(share * mass, side="right"))
         return at if at < end else end - 1 if whole else None
+
+
+def prompt_logprobs(output: Output, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens`, each under its row of `output`, computed at temperature 1, and of the `top` best.
+
+    A runner that has found the largest logits and their sum has done nearly all of it.
+    """
+    if output.candidates is None or output.total is None:
+        return [logprob(output.logits[row], token, top) for row, token in zip(rows, tokens, strict=True)]
+    at = np.asarray(rows)[:, None]
+    best = output.candidates[at[:, 0], : max(top, 1)]
+    ids = np.concatenate([np.asarray(tokens, np.int32)[:, None], best], axis=1)
+    values = output.logits[at, ids].astype(np.float64)
+    values -= values[:, 1:2] + np.log(output.total[at].astype(np.float64))
+    return [
+        TokenLogprob(token, own, tuple(zip(named[:top], found[:top], strict=True)))
+        for (token, *named), (own, *found) in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def logprob(logits: Floats, token: int, top: int) -> TokenLogprob:

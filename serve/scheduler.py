@@ -3,7 +3,8 @@
 A request is tokens, of which the first `computed` are in the cache. Each step computes the next ones of every running
 request: the last token of those that decode, with drafts behind it where they pay, then chunks of prompts, first come
 first served, up to a token budget. While others decode, the budget also keeps the step at most `itl_limit` times as
-long as without prompts.
+long as without prompts. Prompts whose tokens' log-probabilities are wanted cost more, so a step has either chunks of
+such or of the others, as the first in line is.
 
 Where a token's bits depend on how its prompt was cut (the stock graph), chunks end at fixed multiples of
 `prefill_chunk`, whatever the load, and nothing is drafted, so that a request gets the same bits alone and in company.
@@ -22,6 +23,7 @@ from serve.speculation import Speculation
 from serve.step_cost import StepCost
 
 LEAST_CHUNK = 4  # prompt tokens a step, however long that takes: prompts always progress
+MOST_SCORED = 128  # prompt tokens a step whose logits are wanted: a row of them is large
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Step:
     admitted: list[Request] = field(default_factory=list)  # for the first time
     num_preempted: int = 0
     num_prompt_tokens: int = 0
+    scored: bool = False  # the logits of these tokens are wanted
 
 
 class Scheduler:
@@ -75,16 +78,24 @@ class Scheduler:
         self._admit(step, now)
         decoding = self._make_room(step)
         prompts = [request for request in self.running if not request.decoding]
-        budget = self.prefill_chunk
-        if decoding and self.any_chunking:
-            within = self.cost.tokens_within(self.itl_limit, len(decoding))
-            budget = min(budget, max(within, LEAST_CHUNK))
+        step.scored = bool(prompts) and prompts[0].scoring
+        budget = self._budget(len(decoding), step.scored)
         self._add_rows(step, decoding, budget - sum(request.num_pending for request in prompts))
         for request in prompts:
             if budget <= 0:
                 break
-            budget -= self._add_chunk(step, request, budget)
+            if request.scoring == step.scored:
+                budget -= self._add_chunk(step, request, budget)
         return step
+
+    def _budget(self, num_decoding: int, scored: bool) -> int:
+        """How many prompt tokens a step may have. Where bits depend on the cuts, that alone says where to cut."""
+        if not self.any_chunking:
+            return self.prefill_chunk
+        budget = min(self.prefill_chunk, MOST_SCORED) if scored else self.prefill_chunk
+        if num_decoding:
+            budget = min(budget, max(self.cost.tokens_within(self.itl_limit, num_decoding, scored), LEAST_CHUNK))
+        return budget
 
     def advance(self, step: Step) -> None:
         """Record that the step's tokens are in the cache. Of drafts that is not known yet."""
@@ -109,8 +120,9 @@ class Scheduler:
     def _admit(self, step: Step, now: float) -> None:
         while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
-            # The mean of all hidden states needs every position computed: an embedding reuses nothing.
-            allocation = self.cache.allocate(request.span(0, request.length), reuse=not request.embed)
+            # What needs every position of the prompt computed reuses nothing.
+            reuse = not (request.embed or request.scoring)
+            allocation = self.cache.allocate(request.span(0, request.length), reuse=reuse)
             if allocation is None:
                 break
             self.waiting.popleft()
@@ -143,7 +155,7 @@ class Scheduler:
         """Back to the front of the queue. What it computed stays reusable as long as nobody needs the place."""
         self.remove(request)
         request.computed = 0
-        request.hidden_sum = None
+        request.forget_sums()
         self.waiting.appendleft(request)
 
     def _add_rows(self, step: Step, decoding: list[Request], spare: int) -> None:
@@ -183,8 +195,9 @@ class Scheduler:
             request.table.blocks,
             past,
             request.span(past, end),
-            want="hidden" if request.embed else "last" if end == request.length else "none",
+            want="hidden" if request.embed else "last" if end == request.length and request.generates else "none",
             temperature=request.params.temperature,
+            scored=min(end, len(request.prompt) - 1) - past if request.scoring else 0,
         )
         step.requests.append(request)
         step.num_prompt_tokens += end - past

@@ -94,7 +94,11 @@ class Service:
         prompts = [await self._to_tokens(text, "prompt") for text in texts]
         params = [self._params(call, prompt, "prompt") for prompt in prompts]
         content = [text if isinstance(text, str) else None for text in texts]
-        return self._submit("completion", "cmpl", prompts, params, arrival, request_id, call=call, content=content)
+        given = zip(content, prompts, strict=True)
+        echoes = [await self._to_text(text, prompt) for text, prompt in given] if call.echo else None
+        return self._submit(
+            "completion", "cmpl", prompts, params, arrival, request_id, call=call, content=content, echoes=echoes
+        )
 
     async def chat(self, call: ChatRequest, request_id: str = "") -> Answer:
         """Start the answers to a conversation. Raises as `complete`."""
@@ -128,6 +132,7 @@ class Service:
         *,
         call: Submitted,
         content: list[Any],
+        echoes: list[str] | None = None,
     ) -> Answer:
         n = call.n if isinstance(call, Generate) else 1
         id, bell = contract.new_id(prefix), Bell()
@@ -147,10 +152,10 @@ class Service:
         def ended(answer: Answer, index: int) -> None:
             self._record(answer, index, endpoint, request_id or id, call, content)
 
-        return Answer(id, self.model, requests, bell, n, ended)
+        return Answer(id, self.model, requests, bell, n, ended, echoes)
 
     def _params(self, call: Generate, prompt: list[int], param: str) -> SamplingParams:
-        self._check_length(prompt, param, room=1)
+        self._check_length(prompt, param, room=0 if call.max_tokens == 0 else 1)
         return to_params(call, self.max_context - len(prompt), self.vocab_size)
 
     # -- text and tokens ----------------------------------------------------------------------------------------
@@ -162,21 +167,24 @@ class Service:
             tokens = await self._render([message.plain() for message in call.messages])
         else:
             text, special = call.prompt or "", call.add_special_tokens
-            tokens = await self._threaded(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=special))
+            tokens = await self.offload(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=special))
         if not call.return_token_strs:
             return tokens, None
-        return tokens, await self._threaded(len(tokens), lambda: [self.tokenizer.token_text(id) for id in tokens])
+        return tokens, await self.offload(len(tokens), lambda: [self.tokenizer.token_text(id) for id in tokens])
 
     async def detokenize(self, call: DetokenizeRequest) -> str:
         self._check_model(call.model)
         check_token_ids(call.tokens, self.vocab_size, "tokens")
-        return await self._threaded(len(call.tokens), lambda: self.tokenizer.decode(call.tokens))
+        return await self.offload(len(call.tokens), lambda: self.tokenizer.decode(call.tokens))
 
     async def _to_tokens(self, text: str | list[int], param: str) -> list[int]:
         if isinstance(text, list):
             check_token_ids(text, self.vocab_size, param)
             return text
-        return await self._threaded(len(text), lambda: self.tokenizer.encode(text))
+        return await self.offload(len(text), lambda: self.tokenizer.encode(text))
+
+    async def _to_text(self, text: str | None, prompt: list[int]) -> str:
+        return await self.offload(len(prompt), lambda: self.tokenizer.spell(prompt)) if text is None else text
 
     async def _render(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation's tokens. A template spells out its special tokens, so none are added."""
@@ -184,9 +192,10 @@ class Service:
         def work() -> list[int]:
             return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special_tokens=False)
 
-        return await self._threaded(sum(len(message["content"]) for message in messages), work)
+        return await self.offload(sum(len(message["content"]) for message in messages), work)
 
-    async def _threaded(self, size: int, work: Callable[[], T]) -> T:
+    async def offload(self, size: int, work: Callable[[], T]) -> T:
+        """Do work on a text of `size` characters or tokens, off the loop if it takes long."""
         if size < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -4,7 +4,7 @@ Steps are averaged by size, powers of two apart, and the line is fitted to the a
 errors. So a long stretch of steps of one size does not wash out what was learned about the others.
 
 A prompt's tokens cost the more the further into the prompt they are. So what they cost beside rows that decode is an
-average of its own, over the last few such steps.
+average of its own, over the last few such steps; and another one if their logits are wanted, which costs the head too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ FIRST = 3  # steps of a size of which the fastest counts: the very first ones al
 OUTLIER = 3.0  # times the average: beyond, something else had the processor
 REACH = 4.0  # times the largest size seen: how far the line is trusted
 RECENT = 0.3  # weight of a new step in what a prompt's token costs
+HEAD = 2.0  # times the cost of a prompt's token if its logits are wanted, until it is known: the head is half a model
 
 
 @dataclass(slots=True)
@@ -34,18 +35,19 @@ class StepCost:
         self._fixed = 0.0  # seconds
         self._per_token = 0.0  # seconds
         self._largest = 0.0  # tokens
-        self._prompt_token = 0.0  # seconds, beside rows that decode; 0 before any such step
+        # Seconds of a prompt's token beside rows that decode, by whether its logits are wanted; 0 before any such step.
+        self._prompt_token = {False: 0.0, True: 0.0}
 
     @property
     def known(self) -> bool:
         return len(self._sizes) > 1
 
-    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0) -> None:
-        """A step of so many tokens, `prompt_tokens` of them from prompts, took so long."""
+    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0, scored: bool = False) -> None:
+        """A step of so many tokens, `prompt_tokens` of them from prompts, took so long; their logits: `scored`."""
         if 0 < prompt_tokens < tokens and self.known:
             cost = max(seconds - self.seconds(tokens - prompt_tokens), 0.0) / prompt_tokens
-            before = self._prompt_token or cost
-            self._prompt_token = before + RECENT * (min(cost, OUTLIER * before) - before)
+            before = self._prompt_token[scored] or cost
+            self._prompt_token[scored] = before + RECENT * (min(cost, OUTLIER * before) - before)
             return
         average = self._sizes.get(tokens.bit_length())
         if average is None:
@@ -59,13 +61,15 @@ class StepCost:
                 average.seconds += WEIGHT * (min(seconds, OUTLIER * average.seconds) - average.seconds)
         self._stale = True
 
-    def tokens_within(self, times: float, tokens: int) -> int:
+    def tokens_within(self, times: float, tokens: int, scored: bool = False) -> int:
         """How many prompt tokens make a step at most `times` as long as one of `tokens`; 0 while nothing is known."""
         if not self.known:
             return 0
         self._fit()
         most = REACH * self._largest - tokens
-        each = self._prompt_token or self._per_token
+        each = self._prompt_token[False] or self._per_token
+        if scored:
+            each = self._prompt_token[True] or HEAD * each
         if each * most > (times - 1) * self.seconds(tokens):
             most = (times - 1) * self.seconds(tokens) / each
         return max(0, int(most))

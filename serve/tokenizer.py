@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from proto.manifest import CHAT_TEMPLATE, TOKENIZER
 from serve.errors import InvalidRequest
 
 PRIMING_TOKENS = 6  # of the prompt: enough for a decoder to know whether a leading space belongs
+MOST_BYTES = 4  # of a character, each of which may be a token of its own
 
 
 class Tokenizer:
@@ -27,6 +29,9 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {id: token.content for id, token in added.items() if token.special}
+        self._texts: dict[int, str] = {}  # of single tokens
         template = directory / CHAT_TEMPLATE
         self._template = _environment().from_string(template.read_text()) if template.is_file() else None
 
@@ -48,7 +53,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token as text; bytes that are not UTF-8 on their own come as U+FFFD."""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token's exact bytes where the vocabulary is byte-level, else those of its text."""
@@ -60,9 +68,27 @@ class Tokenizer:
             return bytes(table[char] for char in piece)
         return self.token_text(token_id).encode()
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens spelled out."""
+        stream = self.decode_stream([])
+        return "".join(stream.push(id) or self._special.get(id, "") for id in ids)
+
+    def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each of the tokens `ids` of `text` starts in it, in characters; amid a character, where that starts.
+
+        Special tokens that the text does not spell out, as tokenizers put in front of it, take no room.
+        """
+        stream, at, offsets = self.decode_stream([]), 0, list[int]()
+        for id in ids:
+            offsets.append(min(at, len(text)))
+            piece = stream.push(id)
+            special = self._special.get(id, "")
+            at += len(piece or (special if text.startswith(special, at) else ""))
+        return offsets
+
     def decode_stream(self, prompt: list[int]) -> TextStream:
         """An incremental decoder of what follows `prompt`."""
-        return TextStream(self._tokenizer, prompt[-PRIMING_TOKENS:])
+        return TextStream(self._tokenizer, prompt)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The prompt for `messages` by the model's own template. Raises InvalidRequest if it refuses them."""
@@ -78,8 +104,16 @@ class TextStream:
     """Tokens in, whole characters out: a piece is held until its last byte has come."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]) -> None:
+        """`prompt` may end amid a character, which then comes whole with the token that completes it."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        ends = range(len(prompt), max(len(prompt) - MOST_BYTES, 0), -1)
+        end = next((end for end in ends if not self._amid_character(prompt[:end])), ends.stop)
+        self._stream = DecodeStream(ids=prompt[:end][-PRIMING_TOKENS:], skip_special_tokens=True)
+        for token_id in prompt[end:]:
+            self.push(token_id)
+
+    def _amid_character(self, ids: list[int]) -> bool:
+        return str(self._tokenizer.decode(ids[-PRIMING_TOKENS:])).endswith("\ufffd")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""

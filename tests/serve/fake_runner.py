@@ -113,8 +113,9 @@ class KnownCost(StepCost):
         super().__init__()
         self.step_per_token = per_token  # in fixed parts of a step
 
-    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0) -> None:
-        super().observe(tokens, 1 + self.step_per_token * tokens, prompt_tokens)
+    def observe(self, tokens: int, seconds: float, prompt_tokens: int = 0, scored: bool = False) -> None:
+        tokens_and_heads = tokens + scored * prompt_tokens  # a prompt's token costs twice as much if it is scored
+        super().observe(tokens, 1 + self.step_per_token * tokens_and_heads, prompt_tokens, scored)
 
 
 def make_engine(

@@ -7,6 +7,7 @@ import codecs
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ CONTEXT = 4096
 VOCABULARY = 256
 
 
+class FakeStream:
+    """Whole characters only."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(bytes([token_id]))
+
+
 class FakeTokenizer:
     """Bytes are the tokens."""
 
@@ -41,6 +52,16 @@ class FakeTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
+
+    def spell(self, ids: list[int]) -> str:
+        return self.decode(ids)
+
+    def offsets(self, ids: list[int], text: str) -> list[int]:
+        stream = self.decode_stream([])
+        return list(accumulate([len(stream.push(id)) for id in ids], initial=0))[:-1]
+
+    def decode_stream(self, prompt: list[int]) -> FakeStream:
+        return FakeStream()
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         if messages[-1]["role"] == "assistant":
@@ -96,13 +117,21 @@ class FakeEngine:
                 request.channel.send(Chunk(finish_reason="stop", usage=request.usage, embedding=embedding))
                 break
             number = len(request.output)
+            begun: list[TokenLogprob] = []
+            if number == 0 and params.prompt_logprobs is not None:
+                ranked = tuple((id, -1.5 - id) for id in range(params.prompt_logprobs))
+                begun = [TokenLogprob(prompt[0], None), *(TokenLogprob(token, -1.0, ranked) for token in prompt[1:])]
+            if params.max_tokens == 0:
+                chunk = Chunk(prompt_logprobs=begun, finish_reason="length", usage=request.usage)
+                request.channel.send(chunk)
+                break
             if number == self.fail_after:
                 request.channel.send(Chunk(finish_reason="error", error="it broke", usage=request.usage))
                 break
             token = prompt[(number + (params.seed or 0)) % len(prompt)]
             request.output.append(token)
             request.first_token = request.first_token or request.arrival
-            chunk = Chunk(text=decoder.decode(bytes([token])), token_ids=[token])
+            chunk = Chunk(text=decoder.decode(bytes([token])), token_ids=[token], prompt_logprobs=begun)
             if params.logprobs is not None:
                 top = tuple((id, -0.5 - id) for id in range(params.logprobs))
                 chunk.logprobs = [TokenLogprob(token, -0.25, top)]

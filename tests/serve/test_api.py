@@ -215,6 +215,34 @@ def test_logprobs_of_a_chat() -> None:
     check(CompletionRequest, {"prompt": "x", "logprobs": True}, "logprobs", False)
 
 
+@pytest.mark.parametrize("by_message", [False, True])
+def test_echo_brings_the_prompts_logprobs_and_may_ask_for_no_token(by_message: bool) -> None:
+    def params(**fields: Any) -> tuple[int, int | None, int | None]:
+        fields = {"prompt": "x"} | fields
+        call = parse(CompletionRequest, as_message(pb.CompletionRequest, fields) if by_message else fields)
+        found = to_params(call, 9 if call.max_tokens else 0, 10)
+        return found.max_tokens, found.logprobs, found.prompt_logprobs
+
+    assert params(max_tokens=4, logprobs=2) == (4, 2, None)
+    assert params(max_tokens=4, logprobs=0, echo=True) == (4, 0, 0)
+    assert params(max_tokens=4, echo=True) == (4, None, None)
+    assert params(max_tokens=0, logprobs=20, echo=True) == (0, 20, 20)
+    assert params(max_tokens=0, echo=True) == (0, None, None)
+
+
+def test_no_token_without_echo_and_no_echo_in_chat() -> None:
+    check(CompletionRequest, {"prompt": "x", "max_tokens": 0, "echo": False}, "max_tokens", False)
+    check(CompletionRequest, {"prompt": "x", "max_tokens": -1, "echo": True}, "max_tokens", False)
+    check(CompletionRequest, {"prompt": "x", "logprobs": 21, "echo": True}, "logprobs", False)
+    check(CompletionRequest, {"prompt": "x", "echo": 1}, "echo", False)
+    check(CompletionRequest, {"prompt": ["x"] * 5, "echo": True, "n": 8}, "n", False)
+    check(CompletionRequest, {"prompt": "x", "echo": True, "best_of": 2}, "best_of", False)
+    check(ChatRequest, {"messages": MESSAGES, "echo": True}, "echo", False)
+    check(ChatRequest, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens", False)
+    with pytest.raises(InvalidRequest, match="min_tokens"):
+        to_params(parse(CompletionRequest, {"prompt": "x", "echo": True, "max_tokens": 0, "min_tokens": 1}), 9, 10)
+
+
 def test_defaults_are_openais() -> None:
     params = to_params(parse(CompletionRequest, {"prompt": "x"}), 100, 10)
     assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (16, 1.0, 1.0, None)

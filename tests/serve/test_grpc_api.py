@@ -83,6 +83,36 @@ def test_the_same_request_says_the_same_as_http() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_an_echo_says_the_same_as_http(max_tokens: int) -> None:
+    async def main() -> None:
+        async with serving() as rig, client(rig) as api, aiohttp.ClientSession(rig.url) as http:
+            options: dict[str, Any] = {"prompt": ["grüß", "a"], "max_tokens": max_tokens, "echo": True, "logprobs": 2}
+            async with http.post("/v1/completions", json=options | {"seed": 0}) as reply:
+                whole = await reply.json()
+            chunks = [chunk async for chunk in api.Complete(pb.CompletionRequest(**options, seed=0))]
+            for choice in whole["choices"]:
+                mine = [chunk for chunk in chunks if chunk.index == choice["index"]]
+                prompt = options["prompt"][choice["index"]].encode()
+                assert bytes(mine[0].token_ids[: len(prompt)]) == prompt
+                assert "".join(chunk.text for chunk in mine) == choice["text"]
+                entries = [entry for chunk in mine for entry in chunk.logprobs]
+                assert [e.token_id for e in entries] == [id for chunk in mine for id in chunk.token_ids]
+                found = [e.logprob if e.HasField("logprob") else None for e in entries]
+                assert found == choice["logprobs"]["token_logprobs"]
+                tops = [{top.token: top.logprob for top in e.top_logprobs} or None for e in entries]
+                assert tops == choice["logprobs"]["top_logprobs"]
+            usage = chunks[-1].usage
+            assert (usage.prompt_tokens, usage.completion_tokens) == (7, 2 * max_tokens)
+            await refused(
+                api.Complete(pb.CompletionRequest(prompt=["a"], max_tokens=0)),
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "max_tokens",
+            )
+
+    run(main)
+
+
 def test_a_chat_says_the_same_as_http() -> None:
     async def main() -> None:
         async with serving() as rig, client(rig) as api, aiohttp.ClientSession(rig.url) as http:

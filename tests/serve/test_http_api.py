@@ -17,7 +17,7 @@ import pytest
 import serve.sse
 from serve.openai_json import Events
 from serve.request import Chunk
-from tests.serve.fakes import FakeEngine, Rig, exchange, run, serving
+from tests.serve.fakes import CONTEXT, FakeEngine, Rig, exchange, run, serving
 
 LONG = {"prompt": "abc", "max_tokens": 4000}
 BODIES = {
@@ -95,6 +95,71 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces() -> None:
             assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (6 + 1, 160)
             assert whole.usage.prompt_tokens_details is not None
             assert whole.usage.prompt_tokens_details.cached_tokens == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 7])
+def test_an_echo_begins_every_answer_and_a_stream(max_tokens: int) -> None:
+    async def main() -> None:
+        async with serving() as rig, client(rig) as api:
+            options: dict[str, Any] = {"model": "", "prompt": ["grüß", "a"], "max_tokens": max_tokens, "n": 2}
+            options |= {"echo": True, "logprobs": 1, "seed": 0}
+            whole = await api.completions.create(**options)
+            streamed = await api.completions.create(**options, stream=True)
+            events = [event async for event in streamed]
+            for choice in whole.choices:
+                prompt = options["prompt"][choice.index // 2].encode()
+                logprobs: Any = choice.logprobs
+                assert choice.text.encode().startswith(prompt)
+                assert len(logprobs.tokens) == len(prompt) + max_tokens
+                assert logprobs.token_logprobs == [None, *[-1.0] * (len(prompt) - 1), *[-0.25] * max_tokens]
+                assert logprobs.top_logprobs[0] is None
+                assert logprobs.top_logprobs[1:] == [{"\0": -1.5}] * (len(prompt) - 1) + [{"\0": -0.5}] * max_tokens
+                if choice.index == 0:  # ü and ß are two tokens each
+                    assert logprobs.text_offset == [0, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8][: 6 + max_tokens]
+                mine = [c for event in events for c in event.choices if c.index == choice.index]
+                assert mine[0].text.encode().startswith(prompt)
+                assert "".join(c.text for c in mine) == choice.text
+                assert mine[-1].finish_reason == choice.finish_reason == "length"
+                for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                    pieces = [item for c in mine if c.logprobs for item in getattr(c.logprobs, name)]
+                    assert pieces == getattr(logprobs, name)
+            assert whole.usage is not None
+            assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (6 + 1, 4 * max_tokens)
+
+    run(main)
+
+
+def test_an_echo_alone_of_texts_and_token_ids() -> None:
+    async def main() -> None:
+        async with serving() as rig, client(rig) as api:
+            for prompt, text in (("grüß", "grüß"), (list("grüß".encode()), "grüß"), ([[97, 98]], "ab")):
+                for max_tokens in (0, 2):
+                    fields: dict[str, Any] = {"model": "", "prompt": prompt, "max_tokens": max_tokens, "seed": 0}
+                    (choice,) = (await api.completions.create(**fields, echo=True)).choices
+                    assert (choice.text, choice.logprobs) == (text + text[:max_tokens], None)
+            kept = list(rig.records.kept.values())[-1]
+            assert (kept.prompt, kept.completion) == ("ab", "ab")
+            full = [97] * CONTEXT
+            (choice,) = (await api.completions.create(model="", prompt=full, max_tokens=0, echo=True)).choices
+            assert choice.text == "a" * CONTEXT
+            with pytest.raises(openai.BadRequestError, match=f"{CONTEXT} tokens"):
+                await api.completions.create(model="", prompt=full, max_tokens=1, echo=True)
+            with pytest.raises(openai.BadRequestError, match="max_tokens is 0"):
+                await api.completions.create(model="", prompt="a", max_tokens=0)
+
+    run(main)
+
+
+def test_an_answer_that_fails_before_it_begins_echoes_nothing() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(fail_after=0)) as rig, client(rig) as api:
+            fields: dict[str, Any] = {"model": "", "prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1}
+            with pytest.raises(openai.InternalServerError, match="it broke"):
+                await api.completions.create(**fields)
+            with pytest.raises(openai.APIError, match="it broke"):
+                _ = [event async for event in await api.completions.create(**fields, stream=True)]
 
     run(main)
 

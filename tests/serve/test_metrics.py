@@ -191,6 +191,16 @@ def test_an_embedding_has_inference_time_and_no_tokens(metrics: Metrics) -> None
     assert value(metrics, "vllm:prompt_tokens_total") == 3
 
 
+def test_a_request_for_no_token_has_inference_time_and_none_of_a_token(metrics: Metrics) -> None:
+    scored = request("length", tokens=0)
+    scored.params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    metrics.request_finished(scored, now=104.0)
+    assert value(metrics, "vllm:request_inference_time_seconds_sum") == 3.0
+    assert value(metrics, "vllm:generation_tokens_total") == 0
+    assert value(metrics, "vllm:prompt_tokens_total") == 3
+    assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
+
+
 def test_step_and_prefix_cache(metrics: Metrics) -> None:
     metrics.step(tokens=33, running=3, waiting=2, kv_usage=0.25)
     metrics.step(tokens=3, running=2, waiting=0, kv_usage=0.125)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.plan import Floats, Output
 from serve.request import SamplingParams, TokenLogprob
-from serve.sampler import Sampler, _largest
+from serve.sampler import Sampler, _largest, logprob, prompt_logprobs
 
 VOCABULARY = 50
 random = np.random.default_rng(0)
@@ -142,6 +142,28 @@ def test_candidates_change_nothing_but_the_work(ways: dict[str, Any], seed: int,
     for number, logits in enumerate(rows):
         expected = choose(alone, logits, number)
         assert helped.choose(best_first(logits, ways["temperature"]), 0, number) == expected
+
+
+@given(st.integers(0, 2**32), st.sampled_from([3, 64, 1500]), st.integers(0, 20), st.sampled_from([0.1, 8.0]))
+@settings(deadline=None)
+def test_a_prompts_log_probabilities_are_the_same_with_candidates(
+    seed: int, size: int, top: int, spread: float
+) -> None:
+    chance = np.random.default_rng(seed)
+    logits = (chance.standard_normal((4, size)) * spread).round(1).astype(np.float32)
+    tokens = chance.integers(0, size, 3).tolist()
+    rows = [2, 0, 3]
+    parts = [best_first(row, 1.0) for row in logits]
+    found, total = ([getattr(part, name) for part in parts] for name in ("candidates", "total"))
+    helped = Output(logits, logits[:0], rows, np.concatenate(found), np.concatenate(total))
+    plain = Output(logits, logits[:0], rows)
+    expected = [logprob(logits[row], token, top) for row, token in zip(rows, tokens, strict=True)]
+    assert prompt_logprobs(plain, rows, tokens, top) == expected
+    for mine, theirs in zip(prompt_logprobs(helped, rows, tokens, top), expected, strict=True):
+        assert (mine.token_id, [id for id, _ in mine.top]) == (theirs.token_id, [id for id, _ in theirs.top])
+        expected_values = [theirs.logprob, *(p for _, p in theirs.top)]
+        assert [mine.logprob, *(p for _, p in mine.top)] == pytest.approx(expected_values, abs=1e-5)
+        assert all(p == mine.logprob for id, p in mine.top if id == mine.token_id), "clients compare the two"
 
 
 def test_a_draw_walks_by_falling_probability_and_then_by_id() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from serve.block_cache import BLOCK
 from serve.engine import Engine
 from serve.errors import InvalidRequest
-from serve.request import Request, SamplingParams
-from serve.scheduler import LEAST_CHUNK
+from serve.plan import Output, Plan
+from serve.request import Request, SamplingParams, TokenLogprob
+from serve.scheduler import LEAST_CHUNK, MOST_SCORED
 from tests.serve.fake_runner import FakeRunner, make_engine
 from tests.serve.tiny import ListChannel, ask, finish
 
@@ -25,6 +26,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.3, "logprobs": 1},
     {"temperature": 0.5, "seed": 4, "top_k": 70, "stop": ("abc", "zz")},
     {"temperature": 0, "ignore_eos": True, "stop_token_ids": (5, 6)},
+    {"temperature": 0.4, "seed": 5, "prompt_logprobs": 3},
 ]
 
 
@@ -50,7 +52,7 @@ def visits(draw: st.DrawFn, capacity: int) -> Visit:
     ]
     rest = draw(st.lists(st.integers(1, 5), min_size=1, max_size=20)) * draw(st.integers(1, 4))
     prompt = (beginning + rest)[: capacity - 1]
-    params = SamplingParams(max_tokens=draw(st.integers(1, 90)), **draw(st.sampled_from(VARIANTS)))
+    params = SamplingParams(max_tokens=draw(st.integers(0, 90)), **draw(st.sampled_from(VARIANTS)))
     params = replace(params, min_tokens=min(params.min_tokens, params.max_tokens))
     embed = draw(st.integers(0, 9)) == 0
     return Visit(prompt, params, embed, draw(st.integers(0, 40)), draw(st.sampled_from([0, 0, 0, 5, 30])))
@@ -100,6 +102,8 @@ def test_a_request_gets_the_tokens_that_it_gets_alone(scene: tuple[FakeRunner, E
         calm = FakeRunner(100, lean=runner.lean)
         finish(make_engine(calm, capacity=engine.scheduler.cache.capacity, speculate=False), alone)
         found, expected = channel(request), channel(alone)
+        scores = [entry for chunk in found.chunks for entry in chunk.prompt_logprobs]
+        assert scores == [] or found.chunks[0].prompt_logprobs == expected.chunks[0].prompt_logprobs == scores
         if request.finish_reason in ("abort", "error"):
             assert visit.patience or runner.failing
             assert found.tokens == expected.tokens[: len(found.tokens)]
@@ -109,6 +113,8 @@ def test_a_request_gets_the_tokens_that_it_gets_alone(scene: tuple[FakeRunner, E
         assert (found.tokens, found.text) == (expected.tokens, expected.text)
         assert [c.logprobs for c in found.chunks if c.logprobs] == [c.logprobs for c in expected.chunks if c.logprobs]
         assert found.chunks[-1].embedding == expected.chunks[-1].embedding
+        wanted = request.params.prompt_logprobs is not None and not request.embed
+        assert len(scores) == wanted * len(visit.prompt)
         usage = found.chunks[-1].usage
         assert usage is not None
         assert (usage.prompt, usage.completion) == (len(visit.prompt), len(found.tokens))
@@ -217,6 +223,86 @@ def test_prompts_leave_running_requests_their_pace() -> None:
     while late.prefilling:
         engine.step()
     assert runner.sizes == [52, 52, 52, 1 + 200 - 3 * 51]
+
+
+def scored(prompt: list[int], top: int = 1, max_tokens: int = 0) -> Request:
+    return ask(prompt, max_tokens=max_tokens, prompt_logprobs=top, temperature=0, ignore_eos=True)
+
+
+def test_prompts_whose_logits_are_wanted_leave_running_requests_their_pace() -> None:
+    """Their tokens cost twice as much, which is guessed at first and then learned: 25 of them beside one row."""
+    runner = FakeRunner(20)
+    engine = make_engine(runner, chunk=128, speculate=False, per_token=0.0199)
+    finish(engine, ask([7] * 30, max_tokens=2, temperature=0))
+    running = ask([1, 2], max_tokens=60, temperature=0, ignore_eos=True)
+    engine.submit(running)
+    engine.step()
+    runner.sizes.clear()
+    for late in (scored([3] * 100), ask([4] * 100, max_tokens=1, temperature=0), scored([5] * 100)):
+        engine.submit(late)
+        while late.prefilling:
+            engine.step()
+    assert runner.sizes == [26, 26, 26, 26, 52, 50, 26, 26, 26, 26]
+
+
+def test_a_step_wants_a_bounded_number_of_rows() -> None:
+    runner = FakeRunner(60)
+    engine = make_engine(runner, chunk=500, capacity=16 * BLOCK)
+    plain, *others = [ask([9] * 300, max_tokens=1, temperature=0), *[scored([n] * 300) for n in (1, 2, 3)]]
+    rows: list[int] = []
+    run = runner.run
+
+    def counting(plan: Plan) -> Output:
+        rows.append(len(plan.wanted))
+        return run(plan)
+
+    runner.run = counting  # type: ignore[method-assign]
+    finish(engine, others[0], plain, *others[1:])
+    assert max(rows) == MOST_SCORED
+    assert sum(rows) == 3 * 299 + 1
+    assert runner.sizes[0] == MOST_SCORED
+
+
+def test_a_scored_prompt_reuses_nothing_but_is_reused() -> None:
+    runner = FakeRunner(20)
+    engine = make_engine(runner)
+    first = scored([1, 2] * 50)
+    finish(engine, first)
+    again = scored([1, 2] * 50, max_tokens=1)
+    finish(engine, again)
+    plain = ask([1, 2] * 50, max_tokens=1, temperature=0)
+    finish(engine, plain)
+    assert [r.cached for r in (first, again, plain)] == [0, 0, BLOCK]
+    assert first.prompt_logprobs == again.prompt_logprobs
+    assert channel(again).tokens == channel(plain).tokens
+    usage = channel(first).chunks[-1].usage
+    assert usage is not None
+    assert (usage.prompt, usage.completion, first.finish_reason) == (100, 0, "length")
+
+
+def test_a_preempted_request_keeps_its_scores_or_starts_again() -> None:
+    """The pool runs dry while the last comer is scored, and again while it decodes."""
+    for chunk, length, max_tokens in ((1, 200, 0), (128, 70, 180)):
+        engine = make_engine(FakeRunner(6), chunk=chunk, speculate=False)
+        running = ask([1] * 20, max_tokens=200, temperature=0.5, seed=1, ignore_eos=True)
+        prompt = [2, 3] * (length // 2)
+        finish(engine, running, request := scored(prompt, 3, max_tokens))
+        finish(make_engine(FakeRunner(20)), alone := scored(prompt, 3, max_tokens))
+        assert count(engine, "vllm:num_preemptions_total") == 1
+        assert channel(request).chunks[0].prompt_logprobs == channel(alone).chunks[0].prompt_logprobs
+        assert len(request.prompt_logprobs) == length
+        assert channel(request).tokens == channel(alone).tokens
+
+
+def test_a_prompt_alone_may_fill_the_context() -> None:
+    engine = make_engine(FakeRunner(2))
+    finish(engine, request := scored([1] * 128), single := scored([4]))
+    assert len(channel(request).chunks[0].prompt_logprobs) == 128
+    assert channel(single).chunks[0].prompt_logprobs == [TokenLogprob(4, None)]
+    with pytest.raises(InvalidRequest, match="128 tokens and a request can have 128"):
+        engine.submit(scored([1] * 128, max_tokens=1))
+    assert count(engine, "vllm:generation_tokens_total") == 0
+    assert count(engine, "vllm:prompt_tokens_total") == 129 == count(engine, "vllm:prefix_cache_queries_total")
 
 
 def test_alone_a_prompt_gets_whole_chunks_and_several_share_one() -> None:

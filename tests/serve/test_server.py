@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -231,6 +233,89 @@ def test_logprobs_usage_and_stop(server: Server) -> None:
             stopped = await api.openai.chat.completions.create(**fields, stop=[stop])
             assert stopped.choices[0].message.content == told[: told.index(stop)]
             assert stopped.choices[0].finish_reason == "stop"
+
+    run(main)
+
+
+def test_prompt_log_probabilities_by_every_way(server: Server) -> None:
+    async def main() -> None:
+        async with clients(server) as api:
+            before = await api.until(idle)
+            prompts = [TEXT[:90], TEXT[200:420]]
+            fields: dict[str, Any] = {"model": "", "echo": True, "logprobs": 1, "max_tokens": 0}
+            whole = await api.openai.completions.create(prompt=prompts, **fields)
+            after = await api.until(idle)
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == 0
+            grown = {name: value - before.get(name, 0) for name, value in after.items()}
+            assert grown["vllm:prompt_tokens_total"] == whole.usage.prompt_tokens
+            assert grown["vllm:prefix_cache_queries_total"] == whole.usage.prompt_tokens
+            assert grown["vllm:generation_tokens_total"] == grown["vllm:time_to_first_token_seconds_count"] == 0
+            assert grown["vllm:request_success_total length"] == grown["vllm:request_inference_time_seconds_count"] == 2
+            ids = []
+            for choice, prompt in zip(whole.choices, prompts, strict=True):
+                logprobs: Any = choice.logprobs
+                assert (choice.text, choice.finish_reason) == (prompt, "length")
+                assert "".join(logprobs.tokens) == prompt
+                places = [*logprobs.text_offset, len(prompt)]
+                assert [prompt[a:b] for a, b in itertools.pairwise(places)] == logprobs.tokens
+                assert logprobs.token_logprobs[0] is logprobs.top_logprobs[0] is None
+                for own, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True):
+                    assert own <= max(top.values()) <= 0
+                ids.append(list((await api.grpc.Tokenize(pb.TokenizeRequest(prompt=prompt))).tokens))
+            by_ids = await api.openai.completions.create(prompt=ids, **fields)
+            assert by_ids.choices == whole.choices
+
+            streamed = await api.openai.completions.create(prompt=prompts[0], stream=True, **fields)
+            (event,) = [event async for event in streamed]
+            assert event.choices == whole.choices[:1]
+            request = pb.CompletionRequest(prompt=prompts[:1], echo=True, logprobs=1, max_tokens=0)
+            (chunk,) = [chunk async for chunk in api.grpc.Complete(request)]
+            found = [entry.logprob if entry.HasField("logprob") else None for entry in chunk.logprobs]
+            assert found == whole.choices[0].logprobs.token_logprobs  # type: ignore[union-attr]
+            assert (chunk.text, list(chunk.token_ids), chunk.finish_reason) == (prompts[0], ids[0], "length")
+
+            more = fields | {"max_tokens": 5, "temperature": 0, "extra_body": {"ignore_eos": True}}
+            answer = (await api.openai.completions.create(prompt=prompts[0], **more)).choices[0]
+            plain = (await api.openai.completions.create(prompt=prompts[0], **more | {"echo": False})).choices[0]
+            assert answer.text == prompts[0] + plain.text
+            for name in ("tokens", "token_logprobs", "top_logprobs"):
+                begun = getattr(whole.choices[0].logprobs, name)
+                assert getattr(answer.logprobs, name) == begun + getattr(plain.logprobs, name)
+
+    run(main)
+
+
+def test_lm_evaluation_harness_scores_texts(server: Server) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        completions = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+
+    async def main() -> None:
+        async with clients(server) as api:
+            prompts = [TEXT[300:400], TEXT[20:60]]
+            tokens = [list((await api.grpc.Tokenize(pb.TokenizeRequest(prompt=text))).tokens) for text in prompts]
+            # What the model itself goes on with is greedy.
+            body: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+            request = pb.CompletionRequest(prompt_token_ids=[pb.TokenIds(ids=tokens[0])], **body)
+            own = [chunk async for chunk in api.grpc.Complete(request)]
+            tokens.append(tokens[0] + [id for chunk in own for id in chunk.token_ids])
+            context = [10, 1, len(tokens[0])]
+            harness = completions.__new__(completions)
+            harness.model = (await api.openai.models.list()).data[0].id
+            payload = harness._create_payload(tokens, generate=False, seed=1234)
+            async with api.http.post("/v1/completions", json=payload) as reply:
+                assert reply.status == 200, await reply.text()
+                scored = completions.parse_logprobs(await reply.json(), tokens=tokens, ctxlens=context)
+            assert [greedy for _, greedy in scored] == [False, False, True]
+            values = [entry.logprob for chunk in own for entry in chunk.logprobs]
+            assert scored[2][0] == pytest.approx(sum(values), abs=0.05)
+            for (value, _), ids, start in zip(scored, tokens, context, strict=True):
+                request = pb.CompletionRequest(
+                    prompt_token_ids=[pb.TokenIds(ids=ids)], echo=True, logprobs=0, max_tokens=0
+                )
+                (chunk,) = [chunk async for chunk in api.grpc.Complete(request)]
+                assert value == pytest.approx(sum(entry.logprob for entry in chunk.logprobs[start:]))
 
     run(main)
 

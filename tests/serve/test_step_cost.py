@@ -76,3 +76,14 @@ def test_a_prompts_tokens_beside_others_have_a_price_of_their_own() -> None:
         cost.observe(8 + 10, step + 10 * 4 * PER_TOKEN, 10)
     assert cost.tokens_within(2.0, 8) == pytest.approx(step / (4 * PER_TOKEN), abs=1)
     assert cost.price(8) == pytest.approx(8 * PER_TOKEN / step), "drafts cost what they did"
+
+
+def test_tokens_whose_logits_are_wanted_have_a_price_of_their_own_too() -> None:
+    cost = taught([1, 8, 1, 8, 130])
+    step = cost.seconds(8)
+    assert cost.tokens_within(2.0, 8, scored=True) == pytest.approx(cost.tokens_within(2.0, 8) / 2, abs=1), "a guess"
+    for _ in range(20):
+        cost.observe(8 + 10, step + 10 * 3 * PER_TOKEN, 10, scored=True)
+        cost.observe(8 + 10, step + 10 * PER_TOKEN, 10)
+    assert cost.tokens_within(2.0, 8, scored=True) == pytest.approx(step / (3 * PER_TOKEN), abs=1)
+    assert cost.tokens_within(2.0, 8) == pytest.approx(step / PER_TOKEN, abs=1)
