@@ -147,7 +147,7 @@ class CheckpointTarget:
 
     def _text(self, tokens: list[int], stop: tuple[str, ...]) -> str:
         ended = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
-        text = self.tokenization.decode(tokens[:ended])
+        text = self.tokenization.decode(tokens[:ended]).rstrip("\ufffd")  # a character that was cut short
         return text[: min((place for place in map(text.find, stop) if place >= 0), default=None)]
 
 

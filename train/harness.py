@@ -6,6 +6,7 @@ A task file is the harness's YAML with `dataset_path: json`; its `data_files` ar
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,9 @@ from typing import Any
 from train.errors import DataError, TrainError
 from train.eval_options import Options
 from train.targets import Classifier, Target
+from train.windows import LARGEST_WINDOW
 
 RESAMPLES = 1000
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 
 
 def run_harness(target: Target | Classifier, files: Sequence[str | Path], options: Options) -> dict[str, Any]:
@@ -25,23 +26,17 @@ def run_harness(target: Target | Classifier, files: Sequence[str | Path], option
 
     Raises TrainError for what cannot be judged so. The harness takes seconds to import: nothing else imports it.
     """
-    described = target.describe()
-    if described["kind"] not in ("checkpoint", "server"):
-        raise TrainError(f"--lm-eval judges checkpoints that generate, and servers, not a {described['kind']}")
-    for name in OFFLINE:
-        os.environ.setdefault(name, "1")  # before the first import
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # or the first load of a file is told to the hub
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory(prefix="lm-eval-") as cache, _quiet():
-        model, arguments = _server(described, target, options) if described["kind"] == "server" else _hf(described)
+        model, arguments = _model(target, options)
         try:
             found = simple_evaluate(
                 model=model,
                 model_args=arguments,
                 tasks=[_task(Path(file), cache) for file in files],
-                batch_size=1 if described["kind"] == "server" else options.batch,
-                device=described.get("device"),
                 limit=options.limit or None,
                 bootstrap_iters=RESAMPLES,
                 apply_chat_template=options.chat,
@@ -55,36 +50,37 @@ def run_harness(target: Target | Classifier, files: Sequence[str | Path], option
         except (AssertionError, NotImplementedError) as error:
             raise TrainError(f"lm-evaluation-harness cannot judge this target so: {error}") from error
     return {
-        task: {name: value for name, value in values.items() if isinstance(value, int | float)}
+        task: {name: value for name, value in values.items() if "," in name and isinstance(value, int | float)}
         | {"examples": found["n-samples"][task]["effective"]}
         for task, values in found["results"].items()
     }
 
 
-def _hf(described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return "hf", {
-        "pretrained": described["directory"],
-        "dtype": described["dtype"],
-        "max_length": described["window"],
-        "local_files_only": True,
-    }
+def _model(target: Target | Classifier, options: Options) -> tuple[Any, dict[str, Any] | None]:
+    """The harness's model, or its name and arguments."""
+    from train.checkpoint_target import CheckpointTarget
+    from train.server_target import ServerTarget
 
+    if isinstance(target, CheckpointTarget):
+        from lm_eval.models.huggingface import HFLM
 
-def _server(described: dict[str, Any], target: Any, options: Options) -> tuple[str, dict[str, Any]]:
-    arguments: dict[str, Any] = {
-        "model": described["model"],
+        tokenizer = target.tokenization.tokenizer
+        return HFLM(target.model, tokenizer=tokenizer, max_length=target.window, batch_size=options.batch), None
+    if not isinstance(target, ServerTarget):
+        raise TrainError(f"--lm-eval judges checkpoints that generate, and servers, not a {type(target).__name__}")
+    arguments = {
+        "model": target.model,
+        "base_url": f"{target.url}/v1/{'chat/completions' if options.chat else 'completions'}",
         "num_concurrent": options.batch,
-        "max_length": options.window or 2048,
-        "header": target.header() or None,
+        "max_length": options.window or LARGEST_WINDOW,
+        "header": target.header(),
         "seed": options.seed,
     }
     if options.chat:
-        return "local-chat-completions", arguments | {"base_url": f"{described['url']}/v1/chat/completions"}
-    tokenizer = {"tokenizer": options.tokenizer, "tokenizer_backend": "huggingface"} if options.tokenizer else {}
-    # Without a tokenizer it sends texts and can generate, but not tell where a choice begins.
-    return "local-completions", arguments | (tokenizer or {"tokenizer_backend": "None"}) | {
-        "base_url": f"{described['url']}/v1/completions"
-    }
+        return "local-chat-completions", arguments
+    # Without a tokenizer it sends texts: it can generate then, but not tell where a choice begins.
+    with_tokenizer = {"tokenizer": options.tokenizer, "tokenizer_backend": "huggingface"}
+    return "local-completions", arguments | (with_tokenizer if options.tokenizer else {"tokenizer_backend": "None"})
 
 
 def _task(path: Path, cache: str) -> dict[str, Any]:
@@ -115,8 +111,6 @@ def _task(path: Path, cache: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Its log, and that of what it uses, says at the level of warnings what is no news here."""
-    import logging
-
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
 """What runs inside the sandbox: `python -I -S -c THIS_FILE LEVEL MEMORY SECONDS FILE_BYTES UID`. Standard library only.
 
-1. At level "namespaces": new user, mount, process, network and IPC namespaces. Every file is read-only but for a small
-   file system in memory over the working directory; there is no network; no process outside can be seen or signalled.
+1. At level "namespaces": new user, mount, process, network and IPC namespaces. Every file is read-only, but for a small
+   file system in memory over /tmp, the working directory; there is no network; no process outside can be signalled.
 2. Two processes. The worker runs the generated program and calls its function; the checker runs the checks, and no
    generated code runs in it. They exchange plain data (marshal's), so what the program does to builtins, `__eq__`,
    standard output or exit handlers changes no verdict. The worker has no file of the checker's, cannot fork, and cannot
@@ -55,12 +55,8 @@ def enter_namespaces(file_bytes: int) -> None:
         SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, ctypes.byref(read_only), ctypes.sizeof(read_only)
     )
     must(at, "mount_setattr")
-    here = os.getcwd()
-    must(
-        libc.mount(b"tmpfs", here.encode(), b"tmpfs", 0, f"size={file_bytes},nr_inodes=1024,mode=0700".encode()),
-        "mount",
-    )
-    os.chdir(here)
+    must(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, f"size={file_bytes},nr_inodes=1024,mode=0700".encode()), "mount")
+    os.chdir("/tmp")
     must(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     header, none = (ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0), (ctypes.c_uint32 * 6)()
     must(libc.capset(ctypes.byref(header), ctypes.byref(none)), "capset")  # or the mounts could be undone
