@@ -34,6 +34,9 @@ class CheckpointTarget:
         self.window, self._stride = window_shape(options.window, options.stride, self.context)
         ends = self.model.generation_config.eos_token_id
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
+        tokenizer = self.tokenization.tokenizer
+        if self._ends and tokenizer.eos_token_id is None:  # as that of an artifact; lm-evaluation-harness wants one
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self._ends[0])
         # What a checkpoint recommends (top-p, penalties) would fill the gaps in ours: no server would know of it.
         self.model.generation_config = generation_config(eos_token_id=self._ends or None)
         self._plain_head = self._head_is_plain()
