@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from train.eval_options import Options
-from train.intervals import mean_interval
-from train.judgement import Judgement
-from train.sandbox import Limits, Outcome, level, run_checks
-from train.targets import Prompt, Sampling, Target
-from train.task_files import Example, prompt_of
+from train.evaluation.options import Options
+from train.evaluation.intervals import mean_interval
+from train.evaluation.judgement import Judgement
+from train.evaluation.sandbox import Limits, Outcome, level, run_checks
+from train.evaluation.targets import Prompt, Sampling, Target
+from train.evaluation.task_files import Example, prompt_of
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}```"
 KS = (1, 10, 100)

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
-from train.eval_options import Options
-from train.intervals import interval, mean_interval
-from train.judgement import Judgement
-from train.targets import Sampling, Target
-from train.task_files import Example, prompt_of
+from train.evaluation.options import Options
+from train.evaluation.intervals import interval, mean_interval
+from train.evaluation.judgement import Judgement
+from train.evaluation.targets import Sampling, Target
+from train.evaluation.task_files import Example, prompt_of
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

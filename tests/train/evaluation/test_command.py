@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.fake_server import FakeServer
-from tests.train.fake_target import FakeClassifier, FakeTarget
+from tests.train.evaluation.fake_server import FakeServer
+from tests.train.evaluation.fake_target import FakeClassifier, FakeTarget
 from train.errors import TrainError
-from train.eval_options import Options, add_flags, from_flags
-from train.evaluation import evaluate, table
-from train.targets import open_target
+from train.evaluation.options import Options, add_flags, from_flags
+from train.evaluation.command import evaluate, table
+from train.evaluation.targets import open_target
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

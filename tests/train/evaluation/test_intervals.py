@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.intervals import interval, mean_interval
+from train.evaluation.intervals import interval, mean_interval
 
 
 def test_the_interval_of_a_mean_is_about_two_standard_errors_wide() -> None:

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from tests.train.tiny import make_checkpoint, make_tokenizer
-from train import checkpoint_target
-from train.checkpoint_target import CheckpointTarget
+from train.evaluation.command import checkpoint_target
+from train.evaluation.checkpoint_target import CheckpointTarget
 from train.errors import DataError, TrainError
-from train.eval_options import Options
-from train.perplexity import judge
-from train.targets import Passage, Sampling
+from train.evaluation.options import Options
+from train.evaluation.perplexity import judge
+from train.evaluation.targets import Passage, Sampling
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Été, naïve: " * 4, "x = [1, 2]\n"]
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.errors import DataError
-from train.eval_options import Options
-from train.intervals import interval, mean_interval
-from train.judgement import Judgement
-from train.targets import Classifier, Passage, Sampling, Target
-from train.task_files import Example, prompt_of
+from train.evaluation.options import Options
+from train.evaluation.intervals import interval, mean_interval
+from train.evaluation.judgement import Judgement
+from train.evaluation.targets import Classifier, Passage, Sampling, Target
+from train.evaluation.task_files import Example, prompt_of
 
 
 def judge(target: Target, examples: Sequence[Example], options: Options) -> Judgement:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import DataError
-from train.targets import Prompt
+from train.evaluation.targets import Prompt
 
 Example = dict[str, Any]
 

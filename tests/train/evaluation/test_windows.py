@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from train.errors import TrainError
-from train.windows import Window, cut, window_shape
+from train.evaluation.windows import Window, cut, window_shape
 
 
 @pytest.mark.parametrize("stride", [1, 3, 7])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.train.fake_target import FakeTarget
-from train import functions
-from train.eval_options import Options
-from train.functions import INSTRUCTION, judge, pass_at, program_of
-from train.sandbox import run_checks
-from train.task_files import read
+from tests.train.evaluation.fake_target import FakeTarget
+from train.evaluation.command import functions
+from train.evaluation.options import Options
+from train.evaluation.functions import INSTRUCTION, judge, pass_at, program_of
+from train.evaluation.sandbox import run_checks
+from train.evaluation.task_files import read
 
 TASKS = Path(functions.__file__).parent / "tasks" / "python_functions.jsonl"
 PROMPT = 'import math\n\n\ndef f(x):\n    """Return twice x."""\n'

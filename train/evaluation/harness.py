@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import DataError, TrainError
-from train.eval_options import Options
-from train.targets import Classifier, Target
-from train.windows import LARGEST_WINDOW
+from train.evaluation.options import Options
+from train.evaluation.targets import Classifier, Target
+from train.evaluation.windows import LARGEST_WINDOW
 
 RESAMPLES = 1000
 
@@ -58,8 +58,8 @@ def run_harness(target: Target | Classifier, files: Sequence[str | Path], option
 
 def _model(target: Target | Classifier, options: Options) -> tuple[Any, dict[str, Any] | None]:
     """The harness's model, or its name and arguments."""
-    from train.checkpoint_target import CheckpointTarget
-    from train.server_target import ServerTarget
+    from train.evaluation.checkpoint_target import CheckpointTarget
+    from train.evaluation.server_target import ServerTarget
 
     if isinstance(target, CheckpointTarget):
         from lm_eval.models.huggingface import HFLM

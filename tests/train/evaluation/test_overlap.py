@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sacrebleu
 
-from train.overlap import compare
+from train.evaluation.overlap import compare
 
 ANSWERS = [
     "The dog bit the man.",

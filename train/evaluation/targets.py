@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from train.errors import TrainError
-from train.eval_options import Options
+from train.evaluation.options import Options
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or a conversation for the chat template
 
@@ -81,7 +81,7 @@ def open_target(where: str | Path, options: Options) -> Target | Classifier:
     """`where`: http(s)://HOST:PORT of an OpenAI-compatible server, or a Hugging Face directory. Raises TrainError."""
     # Imported here: a server is judged without torch, a checkpoint without a client.
     if str(where).startswith(("http://", "https://")):
-        from train.server_target import ServerTarget
+        from train.evaluation.server_target import ServerTarget
 
         return ServerTarget(str(where), options)
     config = Path(where) / "config.json"
@@ -92,9 +92,9 @@ def open_target(where: str | Path, options: Options) -> Target | Classifier:
     except ValueError as error:
         raise TrainError(f"{config} is no JSON: {error}; export the checkpoint again") from error
     if any(name.endswith("ForSequenceClassification") for name in architectures):
-        from train.classifier_target import ClassifierTarget
+        from train.evaluation.classifier_target import ClassifierTarget
 
         return ClassifierTarget(Path(where), options)
-    from train.checkpoint_target import CheckpointTarget
+    from train.evaluation.checkpoint_target import CheckpointTarget
 
     return CheckpointTarget(Path(where), options)

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import TrainError
-from train.eval_options import Options, add_flags, from_flags
-from train.judgement import Judgement
-from train.targets import Classifier, Target, Unable, open_target
-from train.task_files import TaskFile, read
+from train.evaluation.options import Options, add_flags, from_flags
+from train.evaluation.judgement import Judgement
+from train.evaluation.targets import Classifier, Target, Unable, open_target
+from train.evaluation.task_files import TaskFile, read
 
 EXIT_INCOMPLETE = 1
 JUDGES = {
-    "perplexity": "train.perplexity",
-    "generation": "train.overlap",
-    "classification": "train.classification",
-    "functions": "train.functions",
+    "perplexity": "train.evaluation.perplexity",
+    "generation": "train.evaluation.overlap",
+    "classification": "train.evaluation.classification",
+    "functions": "train.evaluation.functions",
 }
 PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score", "lm-eval")
 
@@ -90,7 +90,7 @@ def evaluate(
         results.append(result | {"seconds": round(time.perf_counter() - begun, 3)})
     report: dict[str, Any] = {"target": opened.describe(), "options": asdict(options), "results": results}
     if options.lm_eval:
-        from train.harness import run_harness  # takes seconds to import what it needs
+        from train.evaluation.harness import run_harness  # takes seconds to import what it needs
 
         report["harness"] = run_harness(opened, options.lm_eval, options)
     return report | {
@@ -104,7 +104,7 @@ def judge(target: Target | Classifier, task: TaskFile, options: Options) -> Judg
     if isinstance(target, Classifier):
         if task.task != "classification":
             raise Unable(f"a checkpoint with a classification head cannot be judged by {task.task}")
-        from train.classification import judge_classifier
+        from train.evaluation.classification import judge_classifier
 
         return judge_classifier(target, task.examples, options)
     # Each is imported when it is called: some need a second to load.

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from tests.train.fake_target import FakeTarget
+from tests.train.evaluation.fake_target import FakeTarget
 from train.errors import DataError
-from train.eval_options import Options
-from train.perplexity import judge, passages_of
-from train.targets import Likelihood, Passage
+from train.evaluation.options import Options
+from train.evaluation.perplexity import judge, passages_of
+from train.evaluation.targets import Likelihood, Passage
 
 CHAT = [
     {"role": "system", "content": "s"},

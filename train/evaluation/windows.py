@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from train.errors import TrainError
-from train.targets import Likelihood, Passage
-from train.tokenization import Tokenization, prompt_tokens
+from train.evaluation.targets import Likelihood, Passage
+from train.evaluation.tokenization import Tokenization, prompt_tokens
 
 LARGEST_WINDOW = 2048  # tokens, unless asked for
 

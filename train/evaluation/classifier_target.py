@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from train.checkpoint_target import context_of, load
-from train.eval_options import Options
-from train.tokenization import LocalTokenization
+from train.evaluation.checkpoint_target import context_of, load
+from train.evaluation.options import Options
+from train.evaluation.tokenization import LocalTokenization
 
 
 class ClassifierTarget:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.train.fake_server import CONTEXT, FakeServer, log_probability
-from train import server_target
+from tests.train.evaluation.fake_server import CONTEXT, FakeServer, log_probability
+from train.evaluation.command import server_target
 from train.errors import TrainError
-from train.eval_options import Options
-from train.server_target import ServerTarget
-from train.targets import Passage, Sampling, Unable
+from train.evaluation.options import Options
+from train.evaluation.server_target import ServerTarget
+from train.evaluation.targets import Passage, Sampling, Unable
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from tests.train.tiny import make_config, make_tokenizer
-from train.classifier_target import ClassifierTarget
-from train.eval_options import Options
-from train.targets import Classifier, Target, open_target
+from train.evaluation.classifier_target import ClassifierTarget
+from train.evaluation.options import Options
+from train.evaluation.targets import Classifier, Target, open_target
 
 TEXTS = ["short", "a longer text", "another one", "?", "x" * 300]
 

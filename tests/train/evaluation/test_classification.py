@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from tests.train.fake_target import FakeClassifier, FakeTarget
-from train.classification import first_choice, judge, judge_classifier
+from tests.train.evaluation.fake_target import FakeClassifier, FakeTarget
+from train.evaluation.classification import first_choice, judge, judge_classifier
 from train.errors import DataError
-from train.eval_options import Options
-from train.targets import Likelihood
+from train.evaluation.options import Options
+from train.evaluation.targets import Likelihood
 
 LABELS = ["red", "green", "blue"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from train.targets import Likelihood, Passage, Prompt, Sampling
+from train.evaluation.targets import Likelihood, Passage, Prompt, Sampling
 
 
 class FakeTarget:

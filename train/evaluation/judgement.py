@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.intervals import Interval
+from train.evaluation.intervals import Interval
 
 
 @dataclass(frozen=True, slots=True)

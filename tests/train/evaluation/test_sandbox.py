@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from train import sandbox
+from train.evaluation.command import sandbox
 from train.errors import TrainError
-from train.sandbox import Limits, run_checks
+from train.evaluation.sandbox import Limits, run_checks
 
 CHECK = "assert f(2) == 4"
 QUICK = Limits(seconds=1)

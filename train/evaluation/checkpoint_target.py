@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 from train.errors import DataError, TrainError
-from train.eval_options import Options
-from train.targets import Likelihood, Passage, Prompt, Sampling
-from train.tokenization import LocalTokenization, prompt_tokens
-from train.windows import Window, log_likelihoods, window_shape
+from train.evaluation.options import Options
+from train.evaluation.targets import Likelihood, Passage, Prompt, Sampling
+from train.evaluation.tokenization import LocalTokenization, prompt_tokens
+from train.evaluation.windows import Window, log_likelihoods, window_shape
 
 LOGITS_BYTES = 64 << 20  # logits that are made at once
 PROBE = 8  # tokens by which the head is tried

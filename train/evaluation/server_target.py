@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from train.errors import TrainError
-from train.eval_options import Options
-from train.targets import Likelihood, Passage, Prompt, Sampling, Unable
-from train.tokenization import LocalTokenization, ServerTokenization, Tokenization
-from train.windows import Window, log_likelihoods, window_shape
+from train.evaluation.options import Options
+from train.evaluation.targets import Likelihood, Passage, Prompt, Sampling, Unable
+from train.evaluation.tokenization import LocalTokenization, ServerTokenization, Tokenization
+from train.evaluation.windows import Window, log_likelihoods, window_shape
 
 TIMEOUT_SECONDS = 600.0
 TRIES = 6

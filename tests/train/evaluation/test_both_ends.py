@@ -12,8 +12,8 @@ from compress.quantize import Options as Recipe
 from compress.quantize import quantize
 from tests.serve.tiny import CAPACITY, TEXT, make_checkpoint, start_server, stop_server
 from train import evaluation
-from train.eval_options import Options
-from train.evaluation import evaluate
+from train.evaluation.options import Options
+from train.evaluation.command import evaluate
 
 LM_EVAL = tuple(str(path) for path in sorted((Path(evaluation.__file__).parent / "tasks").glob("*.yaml")))
 CHAT = [{"role": "user", "content": "What may I do?"}, {"role": "assistant", "content": "You may copy."}]

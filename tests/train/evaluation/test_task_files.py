@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from train.errors import DataError
-from train.task_files import prompt_of, read
+from train.evaluation.task_files import prompt_of, read
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
