@@ -32,13 +32,16 @@ from serve.http_api import OPEN, HttpApi
 from serve.parsing import UNSUPPORTED
 from serve.settings import Settings, flag
 from tests.serve.tiny import TEXT, Server, make_checkpoint, start_server, stop_server
+from train.__main__ import COMMANDS as TRAIN_COMMANDS
+from train.__main__ import parser as train_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs/serving.md").read_text()
 COMPRESS = (ROOT / "docs/compress.md").read_text()
+TRAIN = (ROOT / "docs/train.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-PAGES = {"README.md": README, "docs/serving.md": SERVING, "docs/compress.md": COMPRESS}
+PAGES = {"README.md": README, "docs/serving.md": SERVING, "docs/compress.md": COMPRESS, "docs/train.md": TRAIN}
 CALLS = {
     "Generation": (api.Generate, api.Generate),
     "Completions": (api.CompletionRequest, api.Generate),
@@ -79,9 +82,16 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 
 
-def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in compress_parser()._actions if isinstance(a, argparse._SubParsersAction))
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
+
+
+# Room -> its page, and its commands.
+COMMANDS = {
+    "compress": (COMPRESS, subcommands(compress_parser())),
+    "train": (TRAIN, subcommands(train_parser(*TRAIN_COMMANDS))),
+}
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -181,10 +191,11 @@ def test_every_error_is_documented_with_its_codes() -> None:
 # -- docs/compress.md -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", subcommands())
-def test_every_flag_of_compress_is_documented_with_its_default(name: str) -> None:
-    command = subcommands()[name]
-    table = rows(section(COMPRESS, name))
+@pytest.mark.parametrize(("room", "name"), [(room, name) for room, (_, found) in COMMANDS.items() for name in found])
+def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name: str) -> None:
+    page, found = COMMANDS[room]
+    command = found[name]
+    table = rows(section(page, name))
     assert {word for row in table for word in quoted(row[0])} == flags_of(command)
     for row in table:
         (action,) = (
@@ -199,7 +210,8 @@ def test_every_flag_of_compress_is_documented_with_its_default(name: str) -> Non
 
 def test_every_command_recipe_and_family_is_documented() -> None:
     headings = set(re.findall(r"^## ([a-z-]+)$", COMPRESS, re.MULTILINE))
-    assert headings == subcommands().keys()
+    assert headings == COMMANDS["compress"][1].keys()
+    assert COMMANDS["train"][1].keys() <= set(re.findall(r"^## ([a-z-]+)$", TRAIN, re.MULTILINE))
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Recipes"))] == list(RECIPES)
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Families"))] == list(FAMILIES)
 
@@ -230,7 +242,7 @@ def test_every_flag_path_and_target_that_a_page_names_exists(page: str) -> None:
     text = PAGES[page]
     code = "\n".join([*quoted(text), *fences("sh")])
     known = serve_flags() | {"--no-deps"}  # pip's
-    known |= {name for command in subcommands().values() for name in flags_of(command)}
+    known |= {name for _, found in COMMANDS.values() for command in found.values() for name in flags_of(command)}
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", code)) <= known
     routes = HttpApi(None, Settings(model=Path("x"))).routes  # type: ignore[arg-type]
     assert set(re.findall(r"(?:^|(?<=:8000))/[a-z0-9][\w/{}]*", code, re.MULTILINE)) <= routes.keys()
@@ -243,7 +255,9 @@ def test_every_flag_path_and_target_that_a_page_names_exists(page: str) -> None:
 def test_links_and_file_names_lead_somewhere(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if "://" not in link]
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
-    named = [name for name in quoted(PAGES[page]) if re.fullmatch(r"(proto|compress|serve|bench|tests)/[\w./]+", name)]
+    named = [
+        name for name in quoted(PAGES[page]) if re.fullmatch(r"(proto|train|compress|serve|bench|tests)/[\w./]+", name)
+    ]
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -278,11 +292,12 @@ def test_shell_snippets_parse(number: int) -> None:
 
 @pytest.mark.parametrize("number", range(len(fences("sh"))))
 def test_commands_of_ours_are_understood(number: int) -> None:
-    """The arguments of `python -m compress` go through its parser."""
+    """The arguments of `python -m compress` and `python -m train` go through their parsers."""
+    parsers = {"compress": compress_parser(), "train": train_parser(*TRAIN_COMMANDS)}
     for line in fences("sh")[number].splitlines():
         words = shlex.split(line)
-        if words[1:3] == ["-m", "compress"]:
-            compress_parser().parse_args(words[3:])
+        if words[1:2] == ["-m"] and words[2] in parsers:
+            parsers[words[2]].parse_args(words[3:])
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -38,6 +35,8 @@ class LoraOptions:
 
 def attach(model: Model, options: LoraOptions) -> None:
     """Freeze the model and put float32 adapters on its blocks; a classifier's head still trains. They begin as zero."""
+    from peft import LoraConfig, LoraModel  # three seconds, which runs without adapters need not wait
+
     network = model.network
     blocks = {id(module) for module in model.layers.modules()}
     targets = [
@@ -103,13 +102,15 @@ def merge(model: Model) -> PreTrainedModel:
 
 
 def _adapted(network: PreTrainedModel) -> dict[str, Any]:
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
 def _merged_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     base = layer.get_base_layer()
     weight = base.weight
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        from peft.utils.integrations import dequantize_bnb_weight
+
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     update = layer.scaling[NAME] * (_whole(layer.lora_B[NAME].weight) @ _whole(layer.lora_A[NAME].weight))
     if isinstance(base, Conv1D):

@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> 
         if item.metadata.get("positional"):
             parser.add_argument(name, type=parse, help=text)
         elif item.default is MISSING:
-            parser.add_argument(flag(name), type=parse, required=True, help=text)
+            parser.add_argument(*item.metadata.get("short", ()), flag(name), type=parse, required=True, help=text)
         elif parse is bool:
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
         else:

@@ -63,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     asked: dict[type, Any] = {kind: from_flags(kind, args, prefix) for kind, prefix in KINDS.items()}
     with joined() as world:
         folder = RunFolder(asked[Options].output)
