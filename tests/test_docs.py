@@ -202,10 +202,11 @@ def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name:
             a for a in command._actions if {*a.option_strings, a.dest} & {quoted(row[0])[0]} and a.dest != "help"
         )
         required = action.required and action.default is None
+        default = " ".join(action.default) if isinstance(action.default, tuple) else action.default
         if required:
             assert row[1] == "required", row[0]
-        elif action.default not in ("", None, False):
-            assert row[1] == f"`{action.default}`", row[0]
+        elif default not in ("", None, False):
+            assert row[1] == f"`{default}`", row[0]
 
 
 def test_every_command_recipe_and_family_is_documented() -> None:

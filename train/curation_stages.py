@@ -27,7 +27,7 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.utils.hashing import HashConfig
 
 from train.curation_report import Job, describe_file, publish
-from train.curation_steps import Read, ReadPart, Redact, WritePart, comparable
+from train.curation_steps import Read, ReadPart, Redact, WritePart, comparable, quiet
 from train.data import Source, find_sources
 from train.decontamination import Decontaminate, read_index
 from train.executors import Stage
@@ -104,7 +104,7 @@ def _exact(pipeline: list[Step], folder: Path, ledger: Ledger, shards: int) -> t
     parts, signatures, found = (str(folder / name) for name in ("parts", "signatures", "found"))
     stages = [
         Stage("read", [*pipeline, WritePart(Path(parts)), ExactDedupSignature(signatures, config)], shards),
-        Stage("find-exact", [ExactFindDedups(signatures, found, config)], 1),
+        Stage("find-exact", [quiet, ExactFindDedups(signatures, found, config)], 1),
     ]
     return stages, [ReadPart(Path(parts)), ExactDedupFilter(found, config, exclusion_writer=ledger)]
 
@@ -116,8 +116,8 @@ def _minhash(pipeline: list[Step], folder: Path, ledger: Ledger, shards: int) ->
     sign = MinhashDedupSignature(signatures, config, language=Words())
     stages = [
         Stage("sign", [*pipeline, WritePart(Path(parts)), sign], shards),
-        Stage("match", [MinhashDedupBuckets(signatures, buckets, config=config)], config.num_buckets),
-        Stage("cluster", [MinhashDedupCluster(buckets, found, config)], 1),
+        Stage("match", [quiet, MinhashDedupBuckets(signatures, buckets, config=config)], config.num_buckets),
+        Stage("cluster", [quiet, MinhashDedupCluster(buckets, found, config)], 1),
     ]
     return stages, [ReadPart(Path(parts)), MinhashDedupFilter(found, exclusion_writer=ledger)]
 

@@ -31,6 +31,11 @@ for _module in (exact_dedup, minhash):
 Documents = Iterator[Any]
 
 
+def quiet(data: Documents | None, rank: int = 0, world_size: int = 1) -> Documents | None:
+    """Does nothing, but a process that is given a pipeline with it loads this module."""
+    return data
+
+
 class Read(PipelineStep):  # type: ignore[misc]
     """Records of the inputs; what is no record or has no text goes to a ledger.
 

@@ -16,7 +16,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from train.ledger import Ledger
 from train.stdlib import GENERATED, GENERATED_WITHIN
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:[.'’-]\w+)*|([^\w\s])\1*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|\Z)")
 MAX_LINE = 1000
 MAX_MEAN_LINE = 100
@@ -24,10 +24,13 @@ MIN_ALPHABETIC = 0.25
 
 
 class Words(WordTokenizer):  # type: ignore[misc]
-    """Words and punctuation marks by a rule. datatrove's own for English is spaCy's, a large package for this."""
+    """Words, and punctuation apart from them, by a rule.
+
+    datatrove's own for English is spaCy's, a large package for this; NLTK's asks for a download.
+    """
 
     def word_tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text)
+        return [match[0] for match in _WORD.finditer(text)]
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [text[start:end].strip() for start, end in self.span_tokenize(text)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -53,6 +53,7 @@ def test_where_text_is_cut(tokenizer: Tokenizer, text: str, expected: list[str])
     assert pieces(tokenizer, text) == expected
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_nothing_is_lost(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text

@@ -247,14 +247,15 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert records == [{"text": "a", "score": None, "more": [None, 1.0]}]
 
 
-def test_several_processes_make_the_same_bytes(tmp_path: Path) -> None:
+def test_several_processes_make_the_same_bytes_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in.jsonl", [{"text": prose(n)} for n in range(6)])
-    options = replace(QUICK, filters=("gopher-quality",), shards=2)
+    options = replace(QUICK, filters=("gopher-quality",), dedup=("exact", "minhash"), shards=2)
     for name, workers in (("one", 1), ("two", 2)):
         curate([source], tmp_path / name, replace(options, workers=workers))
     parts = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*.jsonl"))] for name in ("one", "two")]
     assert parts[0] == parts[1]
     assert all(parts[0])
+    assert capfd.readouterr() == ("", "")  # what the processes of a pool would log
 
 
 def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
