@@ -48,7 +48,7 @@ def pretrain(output: Path, steps: int) -> None:
         call(
             *("train", "run", start, "--data", data / "pretrain.jsonl", "--held-out", data / "pretrain.held-out.jsonl"),
             *("--output", output / "run", "--steps", str(steps), "--batch", "8", "--learning-rate", "0.002"),
-            *("--schedule", "wsd", "--optimizer", "muon", "--eval-steps", "16"),
+            *("--schedule", "wsd", "--optimizer", "muon", "--eval-rows", "32"),
         )
     if not (output / "w8a8").exists():
         call("compress", "quantize", output / "run" / "model", "-o", output / "w8a8")

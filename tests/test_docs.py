@@ -201,11 +201,13 @@ def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name:
         (action,) = (
             a for a in command._actions if {*a.option_strings, a.dest} & {quoted(row[0])[0]} and a.dest != "help"
         )
-        required = action.required and action.default is None
+        required = action.required and action.default is None and action.nargs != "*"
         default = " ".join(action.default) if isinstance(action.default, tuple) else action.default
         if required:
             assert row[1] == "required", row[0]
-        elif default not in ("", None, False):
+        elif isinstance(default, bool):
+            assert row[1] in (("on",) if default else ("off", "")), row[0]
+        elif default not in ("", None, 0):
             assert row[1] == f"`{default}`", row[0]
 
 
@@ -242,9 +244,9 @@ def test_every_target_is_in_the_readme() -> None:
 def test_every_flag_path_and_target_that_a_page_names_exists(page: str) -> None:
     text = PAGES[page]
     code = "\n".join([*quoted(text), *fences("sh")])
-    known = serve_flags() | {"--no-deps"}  # pip's
+    known = serve_flags() | {"--no-deps", "--nproc-per-node"}  # pip's and torchrun's
     known |= {name for _, found in COMMANDS.values() for command in found.values() for name in flags_of(command)}
-    assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", code)) <= known
+    assert set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)) <= known
     routes = HttpApi(None, Settings(model=Path("x"))).routes  # type: ignore[arg-type]
     assert set(re.findall(r"(?:^|(?<=:8000))/[a-z0-9][\w/{}]*", code, re.MULTILINE)) <= routes.keys()
     assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) <= targets()

@@ -49,6 +49,7 @@ class Training:
     checkpoints: Checkpoints
     steps: int
     eval_every: int
+    eval_steps: int
     dtype: torch.dtype
     flops_per_token: float
     peak_flops: float  # of one process's device
@@ -131,7 +132,7 @@ def judge(run: Training, batches: Batches) -> dict[str, float]:
     run.model.eval()
     sums: dict[str, Tensor] = {}
     count = 0
-    for step in range(min(run.options.eval_steps, batches.steps_per_epoch)):
+    for step in range(run.eval_steps):
         batch = batches.batch(step, run.world.rank, run.world.size).to(run.world.device)
         for micro in batch.split(run.options.micro_batch or len(batch.tokens)):
             with run.world.autocast(run.dtype):

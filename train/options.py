@@ -42,6 +42,6 @@ class Options:
     compile: bool = option(False, "compile the layers with torch.compile")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
     eval_every: int = option(0, "steps between judgements by the held-out data; 0: ten in a run", least=0)
-    eval_steps: int = option(32, "at most so many batches a judgement", least=1)
+    eval_rows: int = option(32, "rows, or examples, of the held-out data in a judgement", least=1)
     seed: int = option(0, "of the order of the data and of dropout", least=0)
     cache: str = option("", "folder for tokenized data (default: the run's own)")

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from train.adapters import LoraOptions, attach, merge
-from train.batch import Batches
 from train.batches import open_batches
 from train.checkpoints import CheckpointOptions, Checkpoints
 from train.distillation import DistillOptions
@@ -110,6 +109,9 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
     torch.manual_seed(options.seed)
     store, held_out = tokenized(options, folder, world)
     data = open_batches(store, options.batch, options.seed)
+    # As few rows at a time as there can be: what is left over at the end of the data would be judged twice.
+    few = world.size * (2 if store.info.shape == Shape.THUMBS else 1)
+    judged = open_batches(held_out, few, options.seed) if held_out else None
     steps = options.steps or math.ceil(options.epochs * data.steps_per_epoch)
 
     def load() -> Model:
@@ -143,12 +145,13 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
             options.objective, asked[kind.options] if kind.options else None, reference=reference, teacher=teacher
         ),
         data=data,
-        held_out=held_out,
+        held_out=judged,
         optimizers=make_optimizers(model.named_parameters(), options.learning_rate, asked[OptimizerOptions]),
         guard=Guard(asked[GuardOptions]),
         checkpoints=Checkpoints(folder.checkpoints, asked[CheckpointOptions]),
         steps=steps,
         eval_every=options.eval_every or max(1, steps // JUDGEMENTS),
+        eval_steps=min(-(-options.eval_rows // few), judged.steps_per_epoch) if judged else 0,
         dtype=dtype,
         flops_per_token=arithmetic(model, options.context),
         peak_flops=measure_peak(world.device, dtype),
@@ -202,7 +205,7 @@ def best_precision(device: torch.device) -> tuple[str, str]:
     return "float32", "this processor has no bfloat16 products"
 
 
-def tokenized(options: Options, folder: RunFolder, world: World) -> tuple[TokenStore, Batches | None]:
+def tokenized(options: Options, folder: RunFolder, world: World) -> tuple[TokenStore, TokenStore | None]:
     """The data to learn from, and to judge by. The first process makes them, the others find them made."""
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     cache = Path(options.cache) if options.cache else folder.path / "data"
@@ -217,9 +220,7 @@ def tokenized(options: Options, folder: RunFolder, world: World) -> tuple[TokenS
     held_out = made(options.held_out, store.info.labels) if options.held_out else None
     if world.leads:
         world.wait()
-    # One row, or as few examples as there can be, at a time: what is left over at the end would be judged twice.
-    size = world.size * (2 if shape == Shape.THUMBS else 1)
-    return store, open_batches(held_out, size, options.seed) if held_out else None
+    return store, held_out
 
 
 def record(training: Training, folder: RunFolder, sources: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from tests.train.tiny import make_checkpoint
 from train.adapters import LoraOptions, attach, disabled, merge
 from train.batch import Batch
-from train.errors import TrainError
 from train.model import Model, Quantization, load_model
 from train.objectives import make_objective
 
@@ -130,12 +129,3 @@ def test_adapters_on_a_quantized_base(quantization: Quantization, tmp_path: Path
         # int8 rounds the activations too, which the merged model does not.
         tolerance = 1e-3 if quantization == "nf4" else 0.05
         torch.testing.assert_close(merged(BATCH.tokens).logits, logits_of(model), rtol=tolerance, atol=tolerance)
-
-
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(TrainError, match="rank 0"):
-        LoraOptions(rank=0)
-    with pytest.raises(TrainError, match="alpha 0"):
-        LoraOptions(alpha=0)
-    with pytest.raises(TrainError, match=r"dropout 1.0"):
-        LoraOptions(dropout=1.0)

@@ -72,10 +72,3 @@ def test_a_teacher_of_fewer_tokens_is_refused(models: tuple[Model, Model]) -> No
     student, teacher = models
     with pytest.raises(TrainError, match="260 is smaller than the student's 264"):
         make_objective("distill", teacher=student)(teacher, make_batch())
-
-
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(TrainError, match="temperature 0"):
-        DistillOptions(temperature=0)
-    with pytest.raises(TrainError, match=r"cross-entropy 1.0"):
-        DistillOptions(ce_weight=1.0)

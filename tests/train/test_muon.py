@@ -53,7 +53,7 @@ def test_equals_torch_on_the_same_gradients(at_once: int, monkeypatch: pytest.Mo
         oracle.step()
         for parameter, other, old in zip(ours, theirs, before, strict=True):
             moved = (other - old).norm()
-            assert (parameter - other).norm() < 0.03 * moved  # theirs is in bfloat16: 8 bits
+            assert (parameter - other).norm() < 0.1 * moved  # theirs is in bfloat16: 8 bits, five times
             assert torch.equal(mine.state[parameter]["momentum_buffer"], oracle.state[other]["momentum_buffer"])
             other.data.copy_(parameter.data)
 

@@ -95,7 +95,7 @@ def test_what_cannot_be() -> None:
     model, optimizers = make()
     with pytest.raises(TrainError, match=r"head\.bias\.exp_avg"):
         optimizers.load_state_dict({"head.bias.exp_avg": torch.zeros(1)})
-    with pytest.raises(TrainError, match=r"'sgd' is none of muon, adamw"):
+    with pytest.raises(TrainError, match=r"'sgd' is none of adamw, muon"):
         make_optimizers(model.named_parameters(), 0.1, OptimizerOptions(optimizer="sgd"))
     model.requires_grad_(False)
     with pytest.raises(TrainError, match="frozen"):

@@ -226,12 +226,3 @@ def test_the_reference_of_adapters_is_the_model_without_them(models: tuple[Model
     gradients = torch.autograd.grad(ours.total, trained)
     torch.testing.assert_close(gradients, torch.autograd.grad(wanted.total, trained))
     assert any(gradient.any() for gradient in gradients)
-
-
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(TrainError, match="beta 0"):
-        DpoOptions(beta=0)
-    with pytest.raises(TrainError, match=r"label smoothing 0.5"):
-        DpoOptions(label_smoothing=0.5)
-    with pytest.raises(TrainError, match="undesirable weight -1"):
-        KtoOptions(undesirable_weight=-1)

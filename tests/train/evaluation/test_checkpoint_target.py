@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from tests.train.tiny import make_checkpoint, make_tokenizer
 from train.errors import DataError, TrainError
+from train.evaluation import checkpoint_target
 from train.evaluation.checkpoint_target import CheckpointTarget
-from train.evaluation.command import checkpoint_target
 from train.evaluation.options import Options
 from train.evaluation.perplexity import judge
 from train.evaluation.targets import Passage, Sampling

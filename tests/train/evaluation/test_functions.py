@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.train.evaluation.fake_target import FakeTarget
-from train.evaluation.command import functions
+from train.evaluation import functions
 from train.evaluation.functions import INSTRUCTION, judge, pass_at, program_of
 from train.evaluation.options import Options
 from train.evaluation.sandbox import run_checks

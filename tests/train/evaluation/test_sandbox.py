@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.errors import TrainError
-from train.evaluation.command import sandbox
+from train.evaluation import sandbox
 from train.evaluation.sandbox import Limits, run_checks
 
 CHECK = "assert f(2) == 4"

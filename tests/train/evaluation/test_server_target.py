@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.evaluation.fake_server import CONTEXT, FakeServer, log_probability
 from train.errors import TrainError
-from train.evaluation.command import server_target
+from train.evaluation import server_target
 from train.evaluation.options import Options
 from train.evaluation.server_target import ServerTarget
 from train.evaluation.targets import Passage, Sampling, Unable
