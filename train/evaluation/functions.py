@@ -28,7 +28,8 @@ def judge(target: Target, examples: Sequence[Example], options: Options) -> Judg
     prompts = [_prompt(example, chat=options.chat) for example in examples for _ in range(options.samples)]
     answers = target.generate(prompts, Sampling(options.max_tokens, options.temperature, options.seed, options.stop))
     pairs = [(examples[number // options.samples], answer) for number, answer in enumerate(answers)]
-    limits = Limits(options.code_seconds, memory_bytes=options.code_memory_mib << 20)
+    seconds = options.code_seconds
+    limits = Limits(seconds, wall_seconds=30.0 + 2 * seconds, memory_bytes=options.code_memory_mib << 20)
 
     def run(pair: tuple[Example, str]) -> Outcome:
         example, answer = pair

@@ -27,6 +27,7 @@ def run_harness(target: Target | Classifier, files: Sequence[str | Path], option
     Raises TrainError for what cannot be judged so. The harness takes seconds to import: nothing else imports it.
     """
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # or the first load of a file is told to the hub
+    from aiohttp import ClientError
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -47,7 +48,7 @@ def run_harness(target: Target | Classifier, files: Sequence[str | Path], option
                 fewshot_random_seed=options.seed,
                 log_samples=False,
             )
-        except (AssertionError, NotImplementedError) as error:
+        except (AssertionError, NotImplementedError, ClientError) as error:
             raise TrainError(f"lm-evaluation-harness cannot judge this target so: {error}") from error
     return {
         task: {name: value for name, value in values.items() if "," in name and isinstance(value, int | float)}
