@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SYSTEM_PACKAGES := chromium chromium-driver prometheus strace
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-system bench lint proto clean
+.PHONY: help run test test-system pretrain-demo bench lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -27,6 +27,9 @@ test-system: .venv/dev.stamp ## the tests that need Chromium, Prometheus or stra
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system
+
+pretrain-demo: .venv/train.stamp serve/kernels/build/stamp ## from Python's own library to a small model that is served, in some minutes
+	@$(PY) -m bench.pretrain_demo
 
 bench: .venv/dev.stamp $(MODEL)/manifest.json ## compare with llama.cpp, or PEERS="..."; NAME= names the file in bench/results
 	$(PY) -m bench --model $(MODEL) --peers $(PEERS) --out bench/results/$(NAME).json

@@ -14,7 +14,7 @@ COMMANDS = {
     "tokenizer": ("train.bpe", "train a byte-level BPE tokenizer"),
     "init": ("train.fresh", "make a checkpoint with random weights"),
     "run": ("train.run", "train or finetune a checkpoint"),
-    "eval": ("train.evaluation", "judge a checkpoint or a running server"),
+    "eval": ("train.evaluation.command", "judge a checkpoint or a running server"),
     "plan": ("train.plan", "what a run will need: parameters, FLOPs, memory, hours, cost"),
 }
 EXIT_USAGE = 2

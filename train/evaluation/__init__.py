@@ -1,0 +1,1 @@
+"""Judging a checkpoint or a running server by files."""
