@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ def curate(inputs: list[Path], target: Path, options: Options) -> dict[str, Any]
     With Slurm only submits the jobs, and gives None. Raises TrainError for what the user can cure.
     """
     refuse_existing(target)
+    if options.executor != "local":  # tasks elsewhere may start in another folder
+        inputs = [path.absolute() for path in inputs]
+        options = replace(options, against=tuple(path.absolute() for path in options.against))
     sources = [source for path in inputs for source in find_sources(path)]
     from train.curation_report import publish
     from train.curation_stages import Publish, make_stages

@@ -106,6 +106,8 @@ def as_text(report: dict[str, Any]) -> str:
         if report[title]:
             lines += ["", f"## {title}", "", "| file | bytes | SHA-256 |", "|---|---|---|"]
             lines += [f"| {item['path']} | {item['bytes']:,} | `{item['sha256']}` |" for item in report[title]]
+    if short := report["texts_too_short_to_look_for"]:
+        lines += ["", f"Texts of the evaluation files that are too short to be looked for: {short:,}."]
     lines += ["", "## options", ""]
     lines += [f"- {name}: {json.dumps(value)}" for name, value in report["options"].items()]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 from train.errors import TrainError
 
-EXECUTORS = ("local", "ray", "slurm")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -78,4 +78,10 @@ def _submit(stages: Sequence[Stage], workers: int, logs: Path, slurm: Slurm) -> 
             depends=previous,
         )
     if previous is not None:
-        previous.run()
+        try:
+            previous.run()
+        except subprocess.CalledProcessError as error:
+            raise TrainError(
+                f"sbatch ended with {error.returncode}, see its message above; cancel the jobs named curate-* that it "
+                "took before, and correct --slurm-partition or --slurm-time"
+            ) from error

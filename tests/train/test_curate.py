@@ -145,6 +145,7 @@ def test_the_report_names_every_file_by_digest_and_shows_examples(whole: tuple[P
     for item in files:
         assert item["sha256"] == hashlib.sha256(Path(item["path"]).read_bytes()).hexdigest()
     text = (folder / "out/report.md").read_text()
+    assert "too short to be looked for: 1." in text
     assert "`Too short to learn from, by far.`" in text
     assert f"{folder / 'a.jsonl'}:9, has in common: `how many grains" in text
     assert report["options"]["filters"] == ["gopher-quality", "gopher-repetition", "fineweb"]
@@ -377,11 +378,20 @@ def test_slurm_gets_each_stage_after_the_one_before(tmp_path: Path, jobs: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refusal_of_sbatch_is_an_error(tmp_path: Path, jobs: Path) -> None:
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nexit 3\n")
+    source = write(tmp_path / "in.jsonl", [{"text": prose(0)}])
+    with pytest.raises(TrainError, match="sbatch ended with 3"):
+        curate([source], tmp_path / "out", replace(QUICK, executor="slurm", slurm_partition="nowhere"))
+    assert not list(tmp_path.glob(".out-*"))
+
+
 def test_what_slurm_runs_makes_the_folder(tmp_path: Path, jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN_JOBS", "yes")
+    monkeypatch.chdir(tmp_path)
     source = write(tmp_path / "in.jsonl", [{"text": prose(0), "n": 1}, {"text": "short"}])
     options = replace(QUICK, filters=("gopher-quality",), executor="slurm", slurm_partition="cpu")
-    assert curate([source], tmp_path / "out", options) is None
+    assert curate([source.relative_to(tmp_path)], Path("out"), options) is None
     assert kept(tmp_path / "out") == [{"text": prose(0), "n": 1}]
     (work,) = tmp_path.glob(".out-*")
     assert [path.name for path in work.iterdir()] == ["logs"]
