@@ -18,7 +18,6 @@ import urllib.request
 from pathlib import Path
 
 PROMPTS = ("def __init__(self", "import os\nimport ", "    if not isinstance(")
-RESULT = "result.json"
 
 
 def call(*words: str | Path) -> None:
@@ -30,7 +29,7 @@ def call(*words: str | Path) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench.pretrain_demo", description=__doc__)
     top.add_argument("-o", "--output", type=Path, default=Path("models/demo"), help="(default: %(default)s)")
-    top.add_argument("--steps", type=int, default=150, help="optimizer steps (default: %(default)s)")
+    top.add_argument("--steps", type=int, default=280, help="optimizer steps (default: %(default)s)")
     top.add_argument("--limit", type=int, default=64, help="held-out documents to judge by (default: %(default)s)")
     return top
 
@@ -47,7 +46,7 @@ def pretrain(output: Path, steps: int) -> None:
     if not (output / "run" / "model").exists():
         call(
             *("train", "run", start, "--data", data / "pretrain.jsonl", "--held-out", data / "pretrain.held-out.jsonl"),
-            *("--output", output / "run", "--steps", str(steps), "--batch", "8", "--learning-rate", "0.002"),
+            *("--output", output / "run", "--steps", str(steps), "--batch", "2", "--learning-rate", "0.003"),
             *("--schedule", "wsd", "--optimizer", "muon", "--eval-rows", "32"),
         )
     if not (output / "w8a8").exists():
@@ -74,8 +73,8 @@ def main() -> int:
     serving += ["--http-port", "0", "--grpc-port", "0", "--records", str(args.output / "records.sqlite")]
     print("\n$ python -m " + shlex.join(serving[2:]), flush=True)
     with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
         try:
-            assert server.stdout
             line = server.stdout.readline()
             print(line, end="")
             found = re.search(r"http://\S+?:\d+", line)
@@ -86,9 +85,10 @@ def main() -> int:
                 print(f"\n{prompt}\x1b[1m{complete(found[0], prompt)}\x1b[0m")
         finally:
             server.terminate()
+            server.stdout.read()
     print(
         f"\n{time.monotonic() - started:.0f} s; the model is {args.output / 'run' / 'model'}, served from "
-        f"{args.output / 'w8a8'}; the loss is drawn in {args.output / 'run' / 'loss.png'}"
+        f"{args.output / 'w8a8'}; the loss is drawn in {args.output / 'run' / 'curves.png'}"
     )
     return 0
 

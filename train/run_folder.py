@@ -20,7 +20,7 @@ TOOLS = ("torch", "transformers", "tokenizers", "peft")
 
 
 class RunFolder:
-    """options.json, environment.json, metrics.jsonl, loss.png, data/, checkpoints/ and, at the end, model/."""
+    """options.json, environment.json, metrics.jsonl, curves.png, data/, checkpoints/ and, at the end, model/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
