@@ -29,8 +29,8 @@ def call(*words: str | Path) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench.pretrain_demo", description=__doc__)
     top.add_argument("-o", "--output", type=Path, default=Path("models/demo"), help="(default: %(default)s)")
-    top.add_argument("--steps", type=int, default=280, help="optimizer steps (default: %(default)s)")
-    top.add_argument("--limit", type=int, default=64, help="held-out documents to judge by (default: %(default)s)")
+    top.add_argument("--steps", type=int, default=80, help="optimizer steps (default: %(default)s)")
+    top.add_argument("--limit", type=int, default=12, help="held-out documents to judge by (default: %(default)s)")
     return top
 
 
@@ -46,7 +46,7 @@ def pretrain(output: Path, steps: int) -> None:
     if not (output / "run" / "model").exists():
         call(
             *("train", "run", start, "--data", data / "pretrain.jsonl", "--held-out", data / "pretrain.held-out.jsonl"),
-            *("--output", output / "run", "--steps", str(steps), "--batch", "2", "--learning-rate", "0.003"),
+            *("--output", output / "run", "--steps", str(steps), "--batch", "8", "--learning-rate", "0.003"),
             *("--schedule", "wsd", "--optimizer", "muon", "--eval-rows", "32"),
         )
     if not (output / "w8a8").exists():
