@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from proto.manifest import digest_file
 from train.errors import TrainError
-from train.folders import file_digest, refuse_existing
+from train.folders import refuse_existing
 from train.ledger import Ledger
 
 REPORT_JSON, REPORT_TEXT = "report.json", "report.md"
@@ -31,7 +32,7 @@ class Job:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": file_digest(path)}
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest_file(path)}
 
 
 def publish(job: Job) -> dict[str, Any]:

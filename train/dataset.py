@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from proto.manifest import digest_file
 from train.errors import TrainError
-from train.folders import file_digest, new_folder
+from train.folders import new_folder
 from train.stdlib import HELD_OUT_PERCENT, MAX_LINES, MIN_LINES, MIN_WORDS, SALT, Pair, digests, pairs, read_modules
 from train.tables import aligned
 
@@ -105,4 +106,4 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             num_records += 1
             texts = [record["text"]] if "text" in record else [message["content"] for message in record["messages"]]
             num_characters += sum(map(len, texts))
-    return {"records": num_records, "characters": num_characters, "sha256": file_digest(path)}
+    return {"records": num_records, "characters": num_characters, "sha256": digest_file(path)}

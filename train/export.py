@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from proto.manifest import digest_files
+from train.folders import new_folder
 from train.run_folder import write
 
 KEPT = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "generation_config")
@@ -21,16 +20,14 @@ TRAINING = "training.json"
 def export(model: PreTrainedModel, parent: Path, directory: Path, training: Mapping[str, Any]) -> None:
     """Weights and config of `model`, tokenizer and chat template of `parent`, and `training` as training.json.
 
-    The folder appears whole: it is made beside its place and renamed as the last act.
+    The folder appears whole. Raises TrainError if it is there.
     """
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=directory.parent) as temporary:
-        made = Path(temporary) / "model"
+    with new_folder(directory) as made:
         model.save_pretrained(made)
         for file in sorted(parent.iterdir()):
             if file.is_file() and file.name.startswith(KEPT):
                 shutil.copyfile(file, made / file.name)
         write(made / TRAINING, training)
-        os.replace(made, directory)
 
 
 def digest(checkpoint: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +29,3 @@ def new_folder(target: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         made.rename(target)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from train.errors import TrainError
+from train.folders import new_folder, refuse_existing
 
 FAMILIES = ("llama", "qwen3")
 WIDTH_PER_LAYER = 64
@@ -95,8 +95,7 @@ def make_checkpoint(target: Path, tokenizer: Path, options: FreshOptions) -> Pre
 
     Raises TrainError for a tokenizer that cannot be read or has more tokens than the vocabulary.
     """
-    if target.exists():
-        raise TrainError(f"{target} exists; remove it or name another output")
+    refuse_existing(target)
     if not (tokenizer / "tokenizer.json").is_file():
         raise TrainError(f"--tokenizer {tokenizer} has no tokenizer.json; give a directory with a fast tokenizer")
     try:
@@ -104,14 +103,11 @@ def make_checkpoint(target: Path, tokenizer: Path, options: FreshOptions) -> Pre
     except Exception as error:  # of many kinds, from transformers and from tokenizers
         raise TrainError(f"--tokenizer {tokenizer} cannot be read: {error}") from error
     network = make_network(options, words)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        made = Path(temporary) / "checkpoint"
+    with new_folder(target) as made:
         network.save_pretrained(made)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, made / name)
-        made.rename(target)
     return network
 
 
