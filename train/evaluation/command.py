@@ -18,9 +18,10 @@ from typing import Any
 
 from train.errors import TrainError
 from train.evaluation.judgement import Judgement
-from train.evaluation.options import Options, add_flags, from_flags
+from train.evaluation.options import Options, add_flags
 from train.evaluation.targets import Classifier, Target, Unable, open_target
 from train.evaluation.task_files import TaskFile, read
+from train.flags import from_flags
 
 EXIT_INCOMPLETE = 1
 JUDGES = {
@@ -41,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = from_flags(args)
+    options = from_flags(Options, args)
     if not args.files and not options.lm_eval:
         raise TrainError("nothing to judge by: give JSONL files, or task files with --lm-eval")
     report = evaluate(args.target, args.files, options, answers=args.answers)

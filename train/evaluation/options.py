@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from train.errors import TrainError
+from train.flags import flag
 
 TASKS = ("perplexity", "generation", "classification", "functions")
 
@@ -45,10 +46,10 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("limit", "window", "stride", "seed", "temperature"):
             if (value := getattr(self, name)) < 0:
-                raise TrainError(f"{_flag(name)} {value} is negative; give 0 or more")
+                raise TrainError(f"{flag(name)} {value} is negative; give 0 or more")
         for name in ("max_tokens", "samples", "batch", "code_seconds", "code_memory_mib"):
             if (value := getattr(self, name)) < 1:
-                raise TrainError(f"{_flag(name)} {value} is too small; give 1 or more")
+                raise TrainError(f"{flag(name)} {value} is too small; give 1 or more")
         if self.samples > 1 and self.temperature == 0:
             raise TrainError(f"--samples {self.samples} at --temperature 0 are all the same; give --temperature 0.8")
         if self.window == 1 or (self.window and self.stride >= self.window):
@@ -59,19 +60,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for item in fields(Options):
         text, default = item.metadata["help"], item.default
         if isinstance(default, bool):
-            parser.add_argument(_flag(item.name), action="store_true", help=text)
+            parser.add_argument(flag(item.name), action="store_true", help=text)
         elif isinstance(default, tuple):
-            parser.add_argument(_flag(item.name), nargs="+", default=default, help=text)
+            parser.add_argument(flag(item.name), nargs="+", default=default, help=text)
         else:
             shown = f"{text} (default: %(default)s)" if default != "" else text
             choices = item.metadata["choices"]
-            parser.add_argument(_flag(item.name), type=type(default), default=default, choices=choices, help=shown)
-
-
-def from_flags(args: argparse.Namespace) -> Options:
-    values: dict[str, Any] = {item.name: getattr(args, item.name) for item in fields(Options)}
-    return Options(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            parser.add_argument(flag(item.name), type=type(default), default=default, choices=choices, help=shown)

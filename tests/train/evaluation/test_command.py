@@ -17,8 +17,9 @@ from tests.train.evaluation.fake_server import FakeServer
 from tests.train.evaluation.fake_target import FakeClassifier, FakeTarget
 from train.errors import TrainError
 from train.evaluation.command import evaluate, table
-from train.evaluation.options import Options, add_flags, from_flags
+from train.evaluation.options import Options, add_flags
 from train.evaluation.targets import open_target
+from train.flags import from_flags
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,10 +46,10 @@ def eval_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_flags_are_the_options() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    assert from_flags(parser.parse_args([])) == Options()
+    assert from_flags(Options, parser.parse_args([])) == Options()
     given = ["--stop", "a", "b", "--chat", "--samples", "3", "--temperature", "0.5", "--lm-eval", "x.yaml"]
     wanted = Options(stop=("a", "b"), chat=True, samples=3, temperature=0.5, lm_eval=("x.yaml",))
-    assert from_flags(parser.parse_args(given)) == wanted
+    assert from_flags(Options, parser.parse_args(given)) == wanted
 
 
 @pytest.mark.parametrize(
