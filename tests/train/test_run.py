@@ -59,6 +59,18 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output) if "loss" in row]
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo has warnings of its own
+def test_compiled_layers_learn_the_same(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, whose C++ takes a minute to compile, and run without it."""
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: whole(layer, backend="aot_eager"))
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert call(base, tmp_path / name, "--steps", 2, *more) == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors").keys() for name in ("eager", "compiled")]
+    assert weights[0] == weights[1]
+
+
 def held_out_losses(output: Path) -> list[float]:
     return [row["held_out_loss"] for row in read_metrics(output) if "held_out_loss" in row]
 
