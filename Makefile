@@ -59,7 +59,11 @@ clean: ## remove what can be made again: models, the native operators, caches, t
 	$(PIP) -r requirements/train.txt
 	@touch $@
 
-.venv/dev.stamp: .venv/train.stamp requirements/dev.txt
+.venv/deploy.stamp: .venv/train.stamp requirements/deploy.txt
+	$(PIP) -r requirements/deploy.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/deploy.stamp requirements/dev.txt
 	$(PIP) -r requirements/dev.txt
 	@touch $@
 

@@ -2,7 +2,8 @@
 
 `ROOT/versions/DIGEST/` are artifacts, named by the digest of their manifest and never changed. `ROOT/current`,
 `ROOT/candidate` and `ROOT/previous` are pointers, each replaced as a whole; one that is not set has no file.
-`ROOT/history.jsonl` holds one line for each movement. `deploy` writes all of this, the server only reads.
+`ROOT/history.jsonl` holds one line for each movement. `deploy` writes all of this, the server only reads. Pointers
+are replaced one by one: while a candidate is promoted, both `current` and `candidate` point to it for a moment.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from proto.records import Created, Digest
 
 VERSIONS = "versions"
 HISTORY = "history.jsonl"
-ROLES = ("current", "candidate", "previous")
 
 Role = Literal["current", "candidate", "previous"]
+ROLES: tuple[Role, ...] = ("current", "candidate", "previous")
 # `canary` puts a version on trial or changes its share; `reject` ends a trial; `rollback` undoes the last `promote`.
 Action = Literal["publish", "canary", "promote", "reject", "rollback"]
 Share = Annotated[float, Meta(ge=0, le=1)]

@@ -24,6 +24,8 @@ from compress.families import FAMILIES
 from compress.gate import CHUNK, THRESHOLDS
 from compress.quantize import Options, quantize
 from compress.recipes import RECIPES
+from deploy.__main__ import COMMANDS as DEPLOY_COMMANDS
+from deploy.__main__ import parser as deploy_parser
 from proto import inference_pb2 as pb
 from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, NATIVE_GRAPH, TOKENIZER, WEIGHTS
 from serve import api, errors, http_limits
@@ -40,8 +42,15 @@ README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs/serving.md").read_text()
 COMPRESS = (ROOT / "docs/compress.md").read_text()
 TRAIN = (ROOT / "docs/train.md").read_text()
+DEPLOY = (ROOT / "docs/deploy.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-PAGES = {"README.md": README, "docs/serving.md": SERVING, "docs/compress.md": COMPRESS, "docs/train.md": TRAIN}
+PAGES = {
+    "README.md": README,
+    "docs/serving.md": SERVING,
+    "docs/compress.md": COMPRESS,
+    "docs/train.md": TRAIN,
+    "docs/deploy.md": DEPLOY,
+}
 CALLS = {
     "Generation": (api.Generate, api.Generate),
     "Completions": (api.CompletionRequest, api.Generate),
@@ -91,6 +100,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 COMMANDS = {
     "compress": (COMPRESS, subcommands(compress_parser())),
     "train": (TRAIN, subcommands(train_parser(*TRAIN_COMMANDS))),
+    "deploy": (DEPLOY, subcommands(deploy_parser(*DEPLOY_COMMANDS))),
 }
 
 
@@ -214,6 +224,7 @@ def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name:
 def test_every_command_recipe_and_family_is_documented() -> None:
     headings = set(re.findall(r"^## ([a-z-]+)$", COMPRESS, re.MULTILINE))
     assert headings == COMMANDS["compress"][1].keys()
+    assert COMMANDS["deploy"][1].keys() <= set(re.findall(r"^## ([a-z-]+)$", DEPLOY, re.MULTILINE))
     assert COMMANDS["train"][1].keys() <= set(re.findall(r"^## ([a-z-]+)$", TRAIN, re.MULTILINE))
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Recipes"))] == list(RECIPES)
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Families"))] == list(FAMILIES)
@@ -259,7 +270,9 @@ def test_links_and_file_names_lead_somewhere(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if "://" not in link]
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
     named = [
-        name for name in quoted(PAGES[page]) if re.fullmatch(r"(proto|train|compress|serve|bench|tests)/[\w./]+", name)
+        name
+        for name in quoted(PAGES[page])
+        if re.fullmatch(r"(proto|train|compress|serve|deploy|bench|tests)/[\w./]+", name)
     ]
     assert [name for name in named if not (ROOT / name).exists()] == []
 
@@ -295,8 +308,12 @@ def test_shell_snippets_parse(number: int) -> None:
 
 @pytest.mark.parametrize("number", range(len(fences("sh"))))
 def test_commands_of_ours_are_understood(number: int) -> None:
-    """The arguments of `python -m compress` and `python -m train` go through their parsers."""
-    parsers = {"compress": compress_parser(), "train": train_parser(*TRAIN_COMMANDS)}
+    """The arguments of `python -m compress`, `train` and `deploy` go through their parsers."""
+    parsers = {
+        "compress": compress_parser(),
+        "train": train_parser(*TRAIN_COMMANDS),
+        "deploy": deploy_parser(*DEPLOY_COMMANDS),
+    }
     for line in fences("sh")[number].splitlines():
         words = shlex.split(line)
         if words[1:2] == ["-m"] and words[2] in parsers:

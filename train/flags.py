@@ -36,7 +36,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> 
     for item in fields(kind):
         name, parse, text = prefix + item.name, item.metadata["parse"], item.metadata["help"]
         if item.metadata.get("positional"):
-            parser.add_argument(name, type=parse, help=text)
+            rest = {} if item.default is MISSING else {"nargs": "?", "default": item.default}
+            parser.add_argument(name, type=parse, help=text, **rest)
         elif item.default is MISSING:
             parser.add_argument(*item.metadata.get("short", ()), flag(name), type=parse, required=True, help=text)
         elif parse is bool:

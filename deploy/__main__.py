@@ -1,0 +1,58 @@
+"""`python -m deploy COMMAND`: each module has COMMANDS, a dataclass of options and a function of it for each name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from deploy.errors import DeployError
+from proto.manifest import ManifestError
+from proto.registry import RegistryError
+from train.errors import TrainError
+from train.flags import add_flags, from_flags
+
+COMMANDS = {
+    "publish": ("deploy.commands", "copy an artifact into the registry, as a version that never changes"),
+    "trial": ("deploy.commands", "give a version a share of the traffic, as the candidate"),
+    "promote": ("deploy.commands", "make a version current"),
+    "reject": ("deploy.commands", "end the candidate's trial"),
+    "rollback": ("deploy.commands", "go back to the version before the current one"),
+    "history": ("deploy.commands", "who moved what, when and why"),
+    "verify": ("deploy.commands", "check versions' digests and signatures, and the pointers"),
+}
+EXIT_USAGE = 2
+
+
+def parser(*names: str) -> argparse.ArgumentParser:
+    """With the flags of the commands `names`; the modules of the others are not imported."""
+    top = argparse.ArgumentParser(prog="python -m deploy", description="Versions: kept, tried, served, improved.")
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in names:
+            add_flags(command, find(name)[0])
+    return top
+
+
+def find(name: str) -> tuple[type, Callable[[Any], int]]:
+    """A command's options, and the function that takes them and returns the exit status."""
+    found: tuple[type, Callable[[Any], int]] = importlib.import_module(COMMANDS[name][0]).COMMANDS[name]
+    return found
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    args = parser(*arguments[:1]).parse_args()
+    options, run = find(args.command)
+    try:
+        return run(from_flags(options, args))
+    except (DeployError, RegistryError, ManifestError, TrainError, OSError) as error:
+        print(f"deploy: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
