@@ -1,0 +1,37 @@
+"""Commands of ours that a cycle runs: they die with it, and hold its lock as long as they live."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.errors import DeployError
+
+ROOT = Path(__file__).resolve().parent.parent
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def run(words: list[str], *, launcher: list[str], lock: int) -> None:
+    """`LAUNCHER -m WORDS`, from the root. `lock` is a file descriptor that the process inherits.
+
+    Raises DeployError with the exit status if it is not 0. What it says goes where ours goes.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)  # before the fork: nothing may be loaded after it
+
+    def die_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    done = subprocess.run(
+        [*(launcher or [sys.executable]), "-m", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        pass_fds=(lock,),
+        preexec_fn=die_with_parent,
+        check=False,
+    )
+    if done.returncode:
+        raise DeployError(f"`python -m {words[0]} {words[1]}` failed with status {done.returncode}; see what it said")
