@@ -76,6 +76,8 @@ class Interaction(_Record, frozen=True, kw_only=True):
             raise RecordError("prompt", "a chat has messages, not a prompt")
         if self.messages is not None and self.endpoint != "chat":
             raise RecordError("messages", f"a record of endpoint {self.endpoint!r} has a prompt, not messages")
+        if "\0" in (self.subject or ""):
+            raise RecordError("subject", "holds a NUL, which not every database can store")
 
 
 class Feedback(_Record, frozen=True, kw_only=True):
@@ -104,7 +106,7 @@ class Feedback(_Record, frozen=True, kw_only=True):
             _check_text("tags", name + value)
 
 
-R = TypeVar("R", Interaction, Feedback)
+R = TypeVar("R", bound=Interaction | Feedback)
 
 
 def new_id(prefix: str) -> str:
@@ -113,8 +115,13 @@ def new_id(prefix: str) -> str:
 
 
 def utc_now() -> str:
-    """Now, as `created` wants it: ISO 8601 in UTC, to the millisecond, so that text order is time order."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    """Now, as `created` wants it."""
+    return to_created(datetime.now(UTC))
+
+
+def to_created(moment: datetime) -> str:
+    """ISO 8601 in UTC, to the millisecond, so that text order is time order."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def convert(fields: Any, kind: type[R]) -> R:
@@ -126,7 +133,7 @@ def convert(fields: Any, kind: type[R]) -> R:
         raise _explain(error) from error
 
 
-def encode(record: R) -> bytes:
+def encode(record: Interaction | Feedback) -> bytes:
     """The record as one line of JSON. Raises RecordError when a field's type or content is wrong."""
     # A struct made in code has unchecked types. The check reads back the bytes that will be stored.
     try:

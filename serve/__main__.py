@@ -1,4 +1,4 @@
-"""`python -m serve --model DIR`."""
+"""`python -m serve --model DIR`, and `python -m serve records COMMAND`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from serve.settings import parse_settings
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["records"]:
+        from serve.records_command import main as records
+
+        return records(sys.argv[2:])
     began = time.monotonic()
     settings = parse_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

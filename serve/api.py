@@ -25,6 +25,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
+Subject = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00]*\Z")]  # not every database can store a NUL
 Labels = Annotated[dict[TagName, TagValue], Meta(max_length=16)]
 # Texts, or token ids, of one or several; msgspec knows no union of arrays, so `split_inputs` checks that it is pure.
 Inputs = str | list[str | Natural | list[Natural]]
@@ -67,7 +68,7 @@ class Generate(Call):
     logit_bias: Annotated[dict[Natural, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=300)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Name | None = None  # recorded as the interaction's subject
+    user: Subject | None = None  # recorded as the interaction's subject
     metadata: Labels = {}  # recorded with the interaction
     store: bool | None = None  # False: this request's content is not recorded, whatever the server's setting
 
@@ -155,7 +156,7 @@ class ChatRequest(Generate, kw_only=True):
 class EmbeddingRequest(Call, kw_only=True):
     input: Inputs
     encoding_format: Literal["float", "base64"] = "float"  # base64: of little-endian float32
-    user: Name | None = None
+    user: Subject | None = None
 
     def check(self) -> None:
         if len(inputs := split_inputs(self.input, "input")) > MAX_ANSWERS:

@@ -67,6 +67,13 @@ class Unavailable(Overloaded):
     """A part the request needs is out of order (a full disk, for instance); inference goes on."""
 
 
+class InsufficientStorage(Unavailable):
+    """The disk of the records is full (RFC 4918 calls the condition temporary); inference goes on."""
+
+    status = 507
+    code = "insufficient_storage"
+
+
 class TimedOut(PawlError):
     """The request ran into the server's time limit."""
 

@@ -32,6 +32,7 @@ from serve.api import (
 from serve.auth import KeyCheck, check_request_id
 from serve.errors import (
     Draining,
+    InsufficientStorage,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -58,6 +59,7 @@ CODES: dict[type[PawlError], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    InsufficientStorage: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TimedOut: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalError: grpc.StatusCode.INTERNAL,

@@ -96,9 +96,6 @@ class Metrics:
             "http_requests_total", "Answered calls.", ["handler", "method", "status"], registry=registry
         )
         self._feedback = Counter("pawl_feedback_total", "Stored feedback.", ["metric_name", "value"], registry=registry)
-        self._interactions_lost = Counter(
-            "pawl_interactions_lost_total", "Interactions that could not be recorded.", registry=registry
-        )
         Gauge("pawl_kv_cache_bytes", "Memory of the KV cache.", registry=registry).set(choices.kv_bytes)
         Gauge("pawl_slots", "Requests that can be decoded together.", registry=registry).set(choices.num_slots)
         info = {
@@ -177,10 +174,6 @@ class Metrics:
         """A feedback was stored."""
         kind = str(value).lower() if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
         self._feedback.labels(metric_name if metric_name in FEEDBACK_METRICS else "other", kind).inc()
-
-    def interactions_lost(self, count: int) -> None:
-        """Interactions that the records could not keep."""
-        self._interactions_lost.inc(count)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body and the content type for a scraper's Accept header: Prometheus' text, or OpenMetrics if asked."""

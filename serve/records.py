@@ -1,80 +1,94 @@
-"""The log of interactions and feedback: one SQLite file, one writer thread, acknowledged means durable.
+"""The log of interactions and feedback: one queue, one writer thread, acknowledged means durable.
 
 1. Callers put records into one bounded queue and never wait for the disk.
-2. The writer takes up to 64 of them, or what came within 5 ms, and commits them together (WAL, synchronous=FULL).
+2. The writer takes up to 64 of them, or what came within 5 ms, redacts them and commits them together.
 3. Feedback is acknowledged after the commit. The queue keeps the order, so feedback that follows its interaction
    finds it, whether or not that was written before.
-4. When the disk fails, feedback is refused and interactions are lost and counted; each batch tries anew.
+4. When the store fails, feedback is refused and interactions are lost and counted; each batch tries anew.
+5. Once a day the writer deletes what has become too old.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import sqlite3
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from proto import records
 from proto.records import Feedback, Interaction
-from serve import store
-from serve.errors import InternalError, InvalidRequest, PawlError, Unavailable
+from serve.errors import InsufficientStorage, InternalError, InvalidRequest, PawlError, Unavailable
+from serve.retention import Retention
+from serve.store import Record, Store, StoreError
 
 log = logging.getLogger(__name__)
 
 GROUP_ROWS = 64
 GROUP_SECONDS = 0.005
 RETRY_SECONDS = 5
+MEASURE_EVERY_SECONDS = 10
+EXPIRE_EVERY_SECONDS = 24 * 3600
+
+
+@dataclass(slots=True)
+class Counts:
+    """What `serve.records_metrics` shows. Only the writer thread writes it, but for `lost` and `refused`."""
+
+    interactions: int = 0  # committed
+    feedback: int = 0  # acknowledged
+    lost: int = 0  # interactions
+    refused: int = 0  # feedback, because of the store
+    failures: int = 0  # batches
+    expired: int = 0  # rows
+    store_bytes: int = 0
+    last_write: float = 0.0  # Unix time
+    failing: bool = False  # the last batch could not be written
 
 
 @dataclass(slots=True)
 class _Write:
-    """One entry of the queue: an interaction's row, or a feedback and the future that waits for it."""
+    """One entry of the queue: a record, and for feedback the future that waits for it."""
 
-    row: store.Row
-    feedback: Feedback | None = None
+    record: Record
+    size: int  # bytes, to bound the queue's memory
     reply: asyncio.Future[str] | None = None
-    result: str | PawlError = ""
-    size: int = field(init=False)  # bytes, near enough to bound the queue's memory
 
-    def __post_init__(self) -> None:
-        self.size = sum(len(value or "") for value in self.row)
-
-    def answer(self) -> None:
+    def answer(self, result: str | PawlError) -> None:
         if self.reply is not None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.reply.get_loop().call_soon_threadsafe(_settle, self.reply, self.result)
+                self.reply.get_loop().call_soon_threadsafe(_settle, self.reply, result)
 
 
 @dataclass(eq=False)
 class Records:
-    """`lost` is called with a number of interactions, from any thread, whenever some cannot be kept."""
+    """`redact` changes each record before it is written, on the writer's thread."""
 
-    path: Path
-    lost: Callable[[int], None] = lambda count: None
+    store: Store
+    redact: Callable[[Record], Record] = lambda record: record
+    retention: Retention = field(default_factory=Retention)
     max_queue: int = 4096
     max_queue_bytes: int = 64 << 20
 
-    failing: bool = field(default=False, init=False)  # the last batch could not be written
+    counts: Counts = field(default_factory=Counts, init=False)
+    queue_bytes: int = field(default=0, init=False)
     _queue: deque[_Write] = field(default_factory=deque, init=False)
-    _queue_bytes: int = field(default=0, init=False)
     _closing: bool = field(default=False, init=False)
     _wake: threading.Condition = field(default_factory=threading.Condition, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
-    _db: sqlite3.Connection | None = field(default=None, init=False)
+    _measure_at: float = field(default=0.0, init=False)
+    _expire_at: float = field(default=0.0, init=False)
 
     def start(self) -> None:
-        """Open or create the file and start the writer. Raises StoreError when the file is not ours to use."""
+        """Open or create the store and start the writer. Raises StoreError when the store is not ours to use."""
         try:
-            self._db = self._open()
-        except (sqlite3.Error, OSError) as error:
-            if not _disk_failed(error):
-                raise store.StoreError(f"{self.path} cannot be opened: {error}") from error
+            self.store.open()
+        except self.store.errors as error:
+            if not self.store.may_pass(error):
+                raise StoreError(f"{self.store.name} cannot be opened: {error}") from error
             self._report(error)  # serve all the same; the writer tries again
         self._thread = threading.Thread(target=self._write_all, name="records", daemon=True)
         self._thread.start()
@@ -87,132 +101,127 @@ class Records:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
+    @property
+    def queued(self) -> int:
+        """How many records wait for the store."""
+        return len(self._queue)
+
     def interaction(self, record: Interaction) -> None:
         """Keep an interaction; never waits and never raises."""
         try:
-            row = store.interaction_row(record)
+            kept = self._put(record)
         except Exception:  # a record that cannot be written is our fault, and no reason to stop
             log.exception("interaction %r cannot be recorded", record.id)
-            self.lost(1)
-            return
-        if not self._put(_Write(row)):
-            self.lost(1)
+            kept = False
+        self.counts.lost += not kept
 
     async def feedback(self, feedback: Feedback) -> str:
         """Keep a feedback; returns its id, or that of the first with its idempotency key, once it is on disk.
 
-        Raises NotFound for an unknown inference id, InvalidRequest, and Unavailable when the disk fails.
+        Raises NotFound for an unknown inference id, InvalidRequest, InsufficientStorage when the disk is full, and
+        Unavailable when the store fails in another way.
         """
+        reply = asyncio.get_running_loop().create_future()
         try:
-            row = store.feedback_row(feedback)
+            kept = self._put(feedback, reply)
         except records.RecordError as error:
             raise InvalidRequest(str(error), param=error.field or None) from error
-        reply = asyncio.get_running_loop().create_future()
-        if not self._put(_Write(row, feedback, reply)):
-            raise Unavailable("feedback cannot be stored now: too many records wait for the disk; try again")
+        if not kept:
+            self.counts.refused += 1
+            raise Unavailable("feedback cannot be stored now: too many records wait for the store; try again")
         return str(await reply)
 
-    def get(self, id: str) -> Interaction:
-        """The interaction of that id, content included if it was kept. Raises NotFound."""
-        return store.read_interaction(self.path, id)
-
-    def scan(self, since: int = 0) -> Iterator[store.Judged]:
-        """Feedback after the cursor `since`, in the order it was stored, each with its interaction."""
-        return store.scan_feedback(self.path, since)
-
-    def _open(self) -> sqlite3.Connection:
-        return store.open_writer(self.path)
-
-    def _put(self, write: _Write) -> bool:
+    def _put(self, record: Record, reply: asyncio.Future[str] | None = None) -> bool:
+        """False if there is no room. Raises RecordError when the record breaks its contract."""
+        write = _Write(record, len(records.encode(record)), reply)
         with self._wake:
-            full = len(self._queue) >= self.max_queue or self._queue_bytes + write.size > self.max_queue_bytes
+            full = len(self._queue) >= self.max_queue or self.queue_bytes + write.size > self.max_queue_bytes
             if full or self._closing:
                 return False
             self._queue.append(write)
-            self._queue_bytes += write.size
+            self.queue_bytes += write.size
             if len(self._queue) in (1, GROUP_ROWS):
                 self._wake.notify()
             return True
 
     def _take(self) -> list[_Write]:
-        """The next batch; empty when all is written and the log is closing."""
+        """The next batch; empty when there is something else to do, or the log is closing and all is written."""
         with self._wake:
-            self._wake.wait_for(lambda: self._queue or self._closing)
+            self._wake.wait_for(lambda: self._queue or self._closing, max(0, self._expire_at - time.monotonic()))
             self._wake.wait_for(lambda: len(self._queue) >= GROUP_ROWS or self._closing, GROUP_SECONDS)
             batch = [self._queue.popleft() for _ in range(min(GROUP_ROWS, len(self._queue)))]
-            self._queue_bytes -= sum(write.size for write in batch)
+            self.queue_bytes -= sum(write.size for write in batch)
             return batch
 
     def _write_all(self) -> None:
-        while batch := self._take():
-            try:
-                lost = self._commit(batch)
-            except Exception as error:  # whatever it is, the writer lives on
-                self._drop(error)
-                problem = "feedback cannot be stored now: the records cannot be written; try again"
-                for write in batch:
-                    write.result = Unavailable(problem, retry_after_seconds=RETRY_SECONDS)
-                lost = sum(write.feedback is None for write in batch)
-            else:
-                if self.failing:
-                    log.warning("records are written again to %s", self.path)
-                self.failing = False
-            if lost:
-                self.lost(lost)
-            for write in batch:
-                write.answer()
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                self._db.close()
+        while (batch := self._take()) or not self._closing:
+            if batch:
+                self._write(batch)
+            self._look_after()
+        with suppress(*self.store.errors):
+            self.store.close()
 
-    def _commit(self, batch: list[_Write]) -> int:
-        """Write a batch in one transaction and set the results; returns how many interactions were refused."""
-        if self._db is None:
-            self._db = self._open()
-        db, lost = self._db, 0
-        db.execute("BEGIN IMMEDIATE")
-        for write in batch:
-            try:
-                if write.feedback is None:
-                    store.insert_interaction(db, write.row)
-                else:
-                    write.result = store.insert_feedback(db, write.feedback, write.row)
-            except sqlite3.IntegrityError as error:  # an id given twice undoes this row only
-                log.error("record %r refused: %s", write.row[0], error)
-                lost += write.feedback is None
-                write.result = InternalError(f"the feedback id {write.row[0]} exists already")
-        db.execute("COMMIT")
-        return lost
-
-    def _drop(self, error: Exception) -> None:
-        """Undo the transaction. The next batch goes to the same connection, or to a new one if this is beyond use.
-
-        A new one would find a commit in the WAL whose sync failed, and so bring back what was refused.
-        """
-        self._report(error)
-        if self._db is None:
-            return
+    def _write(self, batch: list[_Write]) -> None:
+        """Commit a batch, count, and answer those who wait."""
+        counts = self.counts
+        batch = [write for write in batch if self._redacted(write)]
+        results: list[str | PawlError]
         try:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if _disk_failed(error):
-                return
-        except sqlite3.Error as second:
-            log.warning("records: rollback failed: %s", second)
-        with suppress(sqlite3.Error):
-            self._db.close()
-        self._db = None
+            results = self.store.append([write.record for write in batch])
+        except Exception as error:  # whatever it is, the writer lives on
+            self._report(error)
+            counts.failures += 1
+            results = [self._refusal(error)] * len(batch)
+            counts.refused += sum(write.reply is not None for write in batch)
+        else:
+            if counts.failing:
+                log.warning("records are written again to %s", self.store.name)
+            counts.failing = False
+            counts.last_write = time.time()
+        for write, result in zip(batch, results, strict=True):
+            stored = isinstance(result, str)
+            if write.reply is not None:
+                counts.feedback += stored
+            else:
+                counts.interactions += stored
+                counts.lost += not stored
+            write.answer(result)
+
+    def _redacted(self, write: _Write) -> bool:
+        """Take personal data out of the record; what cannot be read through is not written at all."""
+        try:
+            write.record = self.redact(write.record)
+        except Exception:
+            log.exception("record %r cannot be redacted", write.record.id)
+            self.counts.lost += write.reply is None
+            write.answer(InternalError("the feedback cannot be redacted, and so it is not stored"))
+            return False
+        return True
+
+    def _refusal(self, error: Exception) -> PawlError:
+        if self.store.is_full(error):
+            problem = "feedback cannot be stored now: the disk of the records is full; free some space, then try again"
+            return InsufficientStorage(problem, retry_after_seconds=RETRY_SECONDS)
+        problem = "feedback cannot be stored now: the records cannot be written; try again"
+        return Unavailable(problem, retry_after_seconds=RETRY_SECONDS)
+
+    def _look_after(self) -> None:
+        """Between batches, when the time has come: delete what is too old, and measure the store."""
+        now = time.monotonic()
+        try:
+            if now >= self._expire_at:
+                self._expire_at = now + EXPIRE_EVERY_SECONDS
+                self.counts.expired += self.retention.apply(self.store)
+            if now >= self._measure_at:
+                self._measure_at = now + MEASURE_EVERY_SECONDS
+                self.counts.store_bytes = self.store.size()
+        except Exception as error:  # whatever it is, the writer lives on
+            log.warning("records: %s", error)
 
     def _report(self, error: Exception) -> None:
-        if not self.failing:  # once, not with every batch
-            log.error("records cannot be written to %s: %s; inference goes on without them", self.path, error)
-        self.failing = True
-
-
-def _disk_failed(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        if not self.counts.failing:  # once, not with every batch
+            log.error("records cannot be written to %s: %s; inference goes on without them", self.store.name, error)
+        self.counts.failing = True
 
 
 def _settle(reply: asyncio.Future[str], result: str | PawlError) -> None:

@@ -22,9 +22,13 @@ from serve.grpc_api import start_grpc
 from serve.http_api import start_http
 from serve.metrics import Metrics
 from serve.records import Records
+from serve.records_metrics import RecordsCollector
+from serve.redactor import Redactor
 from serve.request import Channel, Chunk
+from serve.retention import Retention
 from serve.service import Service
 from serve.settings import Settings
+from serve.store import open_store
 from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("pawl.server")
@@ -86,7 +90,12 @@ async def run(settings: Settings, manifest: Manifest, began: float) -> int:
     choices = choose(settings, manifest, form)
     tokenizer = Tokenizer(settings.model)
     metrics = Metrics(manifest, settings.model_name or manifest.name, choices)
-    records = Records(settings.records, lost=metrics.interactions_lost)
+    records = Records(
+        open_store(settings.records),
+        Redactor(settings.redact),
+        Retention(settings.keep_content_days, settings.keep_metadata_days, settings.derived),
+    )
+    metrics.registry.register(RecordsCollector(records))
     engine = make_engine(settings, manifest, form, choices, tokenizer, metrics, loop)
     service = Service(engine, tokenizer, records, metrics, manifest, settings, max_context=choices.max_context)
     records.start()

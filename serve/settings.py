@@ -8,6 +8,21 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from proto.redaction import KINDS
+
+PRESIDIO = "presidio"
+NONE = "none"
+
+
+def parse_kinds(text: str) -> str:
+    """Check the value of `--redact`: kinds with commas between them, or `none`."""
+    names, known = [name.strip() for name in text.split(",")], (*KINDS, PRESIDIO)
+    for name in names:
+        if name not in known and names != [NONE]:
+            problem = f"{name!r} cannot be redacted; give {NONE}, or some of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(problem)
+    return ",".join(names)
+
 
 def setting(
     default: Any,
@@ -52,21 +67,28 @@ class Settings:
     body_seconds: float = setting(60.0, "how long a client may take to send a request's body", least=0.001)
     max_connections: int = setting(1024, "open HTTP connections; more are closed at once", least=1)
     api_key: str = setting("", "bearer key required on all routes but /, /health, /ready; default: $PAWL_API_KEY")
-    records: Path = field(
-        default=Path("data/records.sqlite"),
-        metadata={"help": "SQLite file of interactions and feedback", "parse": Path},
-    )
+    records: str = setting("data/records.sqlite", "SQLite file or postgresql:// URL of interactions and feedback")
     log_content: bool = setting(True, "keep prompts and completions in the records", parse=bool)
+    redact: str = setting(
+        ",".join(KINDS), "what is taken out of records before they are written; none, or presidio too", parse_kinds
+    )
+    keep_content_days: int = setting(90, "days to keep the text of the records; 0: for ever")
+    keep_metadata_days: int = setting(365, "days to keep the rest of the records; 0: for ever")
+    derived: Path = field(
+        default=Path("data"),
+        metadata={"help": "where snapshots and datasets made from the records are; their text goes too", "parse": Path},
+    )
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Parse the command line of `python -m serve`; exits with 2 and a message on a bad one."""
-    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve a Pawl artifact over HTTP and gRPC.")
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """A flag for each of these settings."""
     for item in fields(Settings):
+        if item.name not in names:
+            continue
         parse, text = item.metadata["parse"], item.metadata["help"]
         if parse is bool:
             parser.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
@@ -76,10 +98,29 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             shown = "" if item.default == "" else " (default: %(default)s)"
             choices = item.metadata.get("choices")
             parser.add_argument(flag(item.name), type=parse, default=item.default, choices=choices, help=text + shown)
-    given = vars(parser.parse_args(argv))
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, and hold numbers to the settings' limits; exits with 2 and a message on a bad one."""
+    args = parser.parse_args(argv)
     for item in fields(Settings):
-        value, (least, most) = given[item.name], item.metadata.get("range", (0, 0))
-        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
+        value, (least, most) = getattr(args, item.name, None), item.metadata.get("range", (0, 0))
+        if (
+            isinstance(value, int | float)
+            and type(value) is not bool
+            and not (least <= value <= most and math.isfinite(value))
+        ):
             limit = f"{least} or more" if math.isinf(most) else f"from {least} to {most}"
             parser.error(f"argument {flag(item.name)}: {value} is out of range; give a number {limit}")
-    return Settings(**given)
+    return args
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Parse the command line of `python -m serve`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve",
+        description="Serve a Pawl artifact over HTTP and gRPC.",
+        epilog="`python -m serve records --help` shows what can be done with the records.",
+    )
+    add_flags(parser, *(item.name for item in fields(Settings)))
+    return Settings(**vars(parse_flags(parser, argv)))

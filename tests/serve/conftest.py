@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.postgres import Postgres, running
 from compress.quantize import Options, quantize
 from proto.manifest import Manifest, load
 from serve.choices import Block, Choices
@@ -75,3 +77,18 @@ def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     running = start_server(artifact, tmp_path_factory.mktemp("records") / "records.sqlite")
     yield running
     assert stop_server(running) == 0
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.system)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind, as `--records` names it."""
+    if request.param == "sqlite":
+        return str(tmp_path / "new" / "records.sqlite")
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create(f"records_{uuid.uuid4().hex}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from proto.manifest import Architecture, Lineage, Manifest, Precision, Recipe
 from serve.choices import Block, Choices
 from serve.metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, Metrics
+from serve.records import Records
+from serve.records_metrics import RecordsCollector
 from serve.request import FinishReason, Request, SamplingParams
+from serve.store import open_store
+from tests.serve.stores import during, feedback, interaction
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 COMMON = {"model_name", "engine"}
@@ -79,6 +84,13 @@ def metrics() -> Metrics:
     return Metrics(manifest, 'ti"ny', Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), 16))
 
 
+@pytest.fixture
+def records(metrics: Metrics, tmp_path: Path) -> Records:
+    log = Records(open_store(str(tmp_path / "records.sqlite")))
+    metrics.registry.register(RecordsCollector(log))
+    return log
+
+
 def families(metrics: Metrics) -> dict[str, Metric]:
     """By full name; the parser drops a counter's `_total`."""
     found = text_string_to_metric_families(metrics.render()[0].decode())
@@ -116,7 +128,7 @@ def test_vllm_names_types_and_labels(metrics: Metrics) -> None:
                 assert sample.labels["engine"] == "0"
 
 
-def test_docs_list_exactly_what_exists(metrics: Metrics) -> None:
+def test_docs_list_exactly_what_exists(metrics: Metrics, records: Records) -> None:
     metrics.http("/v1/models", "GET", 200)
     metrics.feedback("thumbs", True)
     exposed = {}
@@ -240,12 +252,33 @@ def test_labels_stay_bounded(metrics: Metrics) -> None:
     assert value(metrics, "http_requests_total", status="2xx") == 50
 
 
-def test_rejections_and_losses(metrics: Metrics) -> None:
+def test_rejections(metrics: Metrics) -> None:
     metrics.admission_rejected("queue_full")
-    metrics.interactions_lost(3)
     assert value(metrics, "vllm:admission_rejections_total", reason="queue_full") == 1
     assert value(metrics, "vllm:admission_rejections_total", reason="draining") == 0
-    assert value(metrics, "pawl_interactions_lost_total") == 3
+
+
+def test_the_records_are_counted(metrics: Metrics, records: Records) -> None:
+    records.max_queue = 1
+    for number in range(3):
+        records.interaction(interaction(f"chat-{number}"))
+    assert value(metrics, "pawl_records_queue") == 1
+    assert value(metrics, "pawl_records_queue_bytes") > 100
+    assert value(metrics, "pawl_interactions_lost_total") == 2
+    before = time.time()
+
+    async def body(log: Records) -> None:
+        log.max_queue = 9
+        log.interaction(interaction("chat-9"))
+        await log.feedback(feedback("chat-9"))
+
+    during(records, body)
+    assert value(metrics, "pawl_records_written_total", kind="interaction") == 2
+    assert value(metrics, "pawl_records_written_total", kind="feedback") == 1
+    assert value(metrics, "pawl_records_queue") == 0
+    assert value(metrics, "pawl_records_bytes") > 4096
+    assert before <= value(metrics, "pawl_records_last_write_seconds") <= time.time()
+    assert value(metrics, "pawl_records_failing") == value(metrics, "pawl_records_failures_total") == 0
 
 
 def test_openmetrics_when_asked(metrics: Metrics) -> None:

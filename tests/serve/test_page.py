@@ -22,7 +22,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from proto import records
 from proto.records import Feedback
-from serve.records import Records
+from serve.store import open_store
 from tests.serve.tiny import Server
 
 pytestmark = pytest.mark.system
@@ -291,7 +291,7 @@ def test_what_is_said_on_the_page_is_in_the_records(browser: WebDriver, server: 
     answer = page.answer("Is this kept?")
     page.find(".up").click()
     page.wait(lambda: page.find(".up").get_attribute("aria-pressed") == "true")
-    judged = [j for j in Records(server.records).scan() if "Is this kept?" in str(j.interaction.messages)]
+    judged = [j for j in open_store(str(server.records)).scan() if "Is this kept?" in str(j.interaction.messages)]
     assert [(j.feedback.metric_name, j.feedback.value) for j in judged] == [("thumbs", True)]
     assert judged[0].interaction.completion == answer
 

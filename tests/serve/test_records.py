@@ -1,75 +1,37 @@
-"""The records log against real files, real kills and disks that really refuse to write."""
+"""The records log, the same tests for SQLite and, in `make test-system`, for PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
-from proto.records import Feedback, Interaction, utc_now
-from serve.errors import InvalidRequest, NotFound, Unavailable
+from proto.records import Feedback, Interaction, to_created, utc_now
+from serve.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from serve.records import GROUP_ROWS, Records
-from serve.store import SCHEMA_VERSION, StoreError
-
-ROOT = Path(__file__).parents[2]
-numbers = itertools.count()
-
-
-def interaction(id: str, *, content: bool = True) -> Interaction:
-    return Interaction(
-        id=id,
-        created=utc_now(),
-        model="tiny",
-        model_digest="0" * 64,
-        endpoint="chat",
-        messages=[{"role": "user", "content": "hello"}] if content else None,
-        completion="hi" if content else None,
-        prompt_tokens=3,
-        completion_tokens=1,
-        cached_tokens=0,
-        ttft_seconds=0.01,
-        duration_seconds=0.02,
-        finish_reason="stop",
-        request_id="r",
-    )
+from serve.redactor import Redactor
+from serve.retention import Retention
+from serve.store import PAGE_ROWS, POSTGRES, SCHEMA_VERSION, StoreError, open_store
+from tests.serve.stores import during, feedback, interaction
 
 
-def feedback(inference_id: str, *, key: str | None = None, value: bool | float | str = True) -> Feedback:
-    return Feedback(
-        id=f"feedback-{next(numbers)}",
-        created=utc_now(),
-        inference_id=inference_id,
-        metric_name="comment" if isinstance(value, str) else "thumbs",
-        value=value,
-        idempotency_key=key,
-    )
+def ago(days: float) -> str:
+    return to_created(datetime.now(UTC) - timedelta(days=days))
 
 
-def during(log: Records, body: Callable[[Records], Awaitable[None]]) -> None:
-    """Run `body` on a started log and close it."""
-
-    async def run() -> None:
-        log.start()
-        try:
-            await body(log)
-        finally:
-            await log.close()
-
-    asyncio.run(run())
-
-
-def test_feedback_is_read_back_with_its_interaction(tmp_path: Path) -> None:
-    log = Records(tmp_path / "new" / "records.sqlite")
-    sent = [interaction("chat-1"), interaction("chat-2", content=False)]
-    judged = [feedback("chat-2", value=0.25), feedback("chat-1", value="ünïcode 🙂")]
+def test_feedback_is_read_back_with_its_interaction(url: str) -> None:
+    log = Records(open_store(url))
+    sent = [
+        interaction("chat-1", params={"stop": ["END"], "seed": 3}, subject="alice"),
+        interaction("chat-2", content=False),
+    ]
+    judged = [feedback("chat-2", value=0.25), feedback("chat-1", value="ünïcode 🙂 \0 and a NUL", tags={"a": "b"})]
 
     async def body(log: Records) -> None:
         for record in sent:
@@ -78,16 +40,49 @@ def test_feedback_is_read_back_with_its_interaction(tmp_path: Path) -> None:
             assert await log.feedback(record) == record.id
 
     during(log, body)
-    found = list(log.scan())
+    store = open_store(url)
+    found = list(store.scan())
     assert [(entry.feedback, entry.interaction) for entry in found] == [(judged[0], sent[1]), (judged[1], sent[0])]
-    assert list(log.scan(since=found[0].sequence)) == found[1:]
-    assert log.get("chat-1") == sent[0]
+    assert list(store.scan(since=found[0].sequence)) == found[1:]
+    logged = list(store.interactions())
+    assert [(entry.interaction, entry.feedback) for entry in logged] == [
+        (sent[0], (judged[1],)),
+        (sent[1], (judged[0],)),
+    ]
+    assert list(store.interactions(since=logged[0].sequence)) == logged[1:]
+    assert list(store.interactions(subject="alice")) == logged[:1]
+    assert store.get("chat-1") == logged[0]
     with pytest.raises(NotFound):
-        log.get("chat-3")
-    assert log.path.stat().st_mode & 0o077 == 0, "others can read the prompts"
+        store.get("chat-3")
+    assert store.size() > 1000
+    assert (log.counts.interactions, log.counts.feedback, log.counts.lost) == (2, 2, 0)
+    assert log.counts.last_write > 0
 
 
-def test_feedback_finds_its_interaction_in_the_queue(tmp_path: Path) -> None:
+def test_others_cannot_read_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.sqlite"
+    modes = []
+
+    async def body(log: Records) -> None:
+        log.interaction(interaction("chat-1"))
+        await log.feedback(feedback("chat-1"))
+        modes.extend(file.stat().st_mode & 0o077 for file in tmp_path.iterdir())
+
+    during(Records(open_store(str(path))), body)
+    assert modes == [0, 0, 0]  # the file, its log and the log's index
+
+
+def test_pages_are_joined(url: str) -> None:
+    store = open_store(url)
+    count = 2 * PAGE_ROWS + 1
+    store.append([interaction(f"chat-{i}") for i in range(count)])
+    store.append([feedback(f"chat-{i}", value=float(i)) for i in range(count)])
+    store.close()
+    assert [entry.feedback.value for entry in store.scan()] == list(range(count))
+    assert [entry.feedback[0].value for entry in store.interactions()] == list(range(count))
+
+
+def test_feedback_finds_its_interaction_in_the_queue(url: str) -> None:
     async def body(log: Records) -> None:
         # Put behind one another without a pause, across several commits.
         ids = [f"chat-{i}" for i in range(3 * GROUP_ROWS)]
@@ -98,12 +93,12 @@ def test_feedback_finds_its_interaction_in_the_queue(tmp_path: Path) -> None:
             await asyncio.sleep(0)  # lets the task put its feedback
         assert len(set(await asyncio.gather(*waiting))) == len(ids)
 
-    log = Records(tmp_path / "r.sqlite")
+    log = Records(open_store(url))
     during(log, body)
-    assert sum(1 for _ in log.scan()) == 3 * GROUP_ROWS
+    assert sum(1 for _ in log.store.scan()) == 3 * GROUP_ROWS
 
 
-def test_unknown_inference_is_refused_and_harms_no_neighbour(tmp_path: Path) -> None:
+def test_unknown_inference_is_refused_and_harms_no_neighbour(url: str) -> None:
     async def body(log: Records) -> None:
         log.interaction(interaction("chat-1"))
         good, bad = await asyncio.gather(
@@ -113,29 +108,28 @@ def test_unknown_inference_is_refused_and_harms_no_neighbour(tmp_path: Path) -> 
         assert isinstance(bad, NotFound)
         assert bad.param == "inference_id"
 
-    during(Records(tmp_path / "r.sqlite"), body)
+    during(Records(open_store(url)), body)
 
 
-def test_idempotency_key_returns_the_first_id(tmp_path: Path) -> None:
+def test_idempotency_key_returns_the_first_id(url: str) -> None:
     first = feedback("chat-1", key="k")
 
     async def body(log: Records) -> None:
         log.interaction(interaction("chat-1"))
-        answers = await asyncio.gather(
-            *(log.feedback(f) for f in [first, *(feedback("chat-1", key="k") for _ in "abc")])
-        )
-        assert answers == [first.id] * 4
+        again = [feedback("chat-1", key="k") for _ in "abc"]
+        assert await asyncio.gather(*(log.feedback(f) for f in [first, *again])) == [first.id] * 4
+        assert await log.feedback(feedback("chat-1", key="k")) == first.id  # in a later batch too
         with pytest.raises(InvalidRequest) as caught:
             await log.feedback(feedback("chat-1", key="k", value=False))
         assert caught.value.param == "idempotency_key"
 
-    log = Records(tmp_path / "r.sqlite")
+    log = Records(open_store(url))
     during(log, body)
-    assert [entry.feedback for entry in log.scan()] == [first]
+    assert [entry.feedback for entry in log.store.scan()] == [first]
 
 
-def test_bad_records_are_refused_or_counted(tmp_path: Path) -> None:
-    lost: list[int] = []
+def test_bad_records_are_refused_or_counted(url: str) -> None:
+    log = Records(open_store(url))
 
     async def body(log: Records) -> None:
         log.interaction(interaction("chat-1"))
@@ -145,181 +139,46 @@ def test_bad_records_are_refused_or_counted(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             await log.feedback(bad)
         assert caught.value.param == "inference_id"
-        assert await log.feedback(feedback("chat-1"))
+        good = feedback("chat-1")
+        assert await log.feedback(good) == good.id
+        with pytest.raises(InternalError):
+            await log.feedback(good)
 
-    during(Records(tmp_path / "r.sqlite", lost.append), body)
-    assert sum(lost) == 2
+    during(log, body)
+    assert log.counts.lost == 2
+    assert len(list(log.store.interactions())) == 1
 
 
-def test_full_queue_and_closed_log_lose_by_count(tmp_path: Path) -> None:
-    lost: list[int] = []
-    log = Records(tmp_path / "r.sqlite", lost.append, max_queue=2)
+def test_full_queue_and_closed_log_lose_by_count(url: str) -> None:
+    log = Records(open_store(url), max_queue=2)
 
     async def body() -> None:
         for i in range(3):  # no writer yet
             log.interaction(interaction(f"chat-{i}"))
-        assert sum(lost) == 1
+        assert (log.counts.lost, log.queued) == (1, 2)
         with pytest.raises(Unavailable):
             await log.feedback(feedback("chat-0"))
         log.start()
         await log.close()
         log.interaction(interaction("late"))
-        assert sum(lost) == 2
+        assert (log.counts.lost, log.queued, log.queue_bytes) == (2, 0, 0)
         with pytest.raises(Unavailable):
             await log.feedback(feedback("chat-0"))
 
     asyncio.run(body())
-    assert log.get("chat-0").id == "chat-0"  # close wrote what was queued
-    assert log.get("chat-1").id == "chat-1"
+    assert log.counts.refused == 2
+    assert [entry.interaction.id for entry in log.store.interactions()] == ["chat-0", "chat-1"]  # written by close
 
 
 def test_queue_is_bounded_in_bytes(tmp_path: Path) -> None:
-    lost: list[int] = []
-    log = Records(tmp_path / "r.sqlite", lost.append, max_queue_bytes=1000)
+    log = Records(open_store(str(tmp_path / "r.sqlite")), max_queue_bytes=1000)
     for i in range(10):
         log.interaction(interaction(f"chat-{i}"))
-    assert 6 <= sum(lost) < 10
+    assert 6 <= log.counts.lost < 10
+    assert 0 < log.queue_bytes <= 1000
 
 
-class SmallDisk(Records):
-    """A log whose file may have so many pages: SQLite answers SQLITE_FULL, as for a full disk."""
-
-    def limit(self, pages: int) -> None:
-        assert self._db is not None
-        self._db.execute(f"PRAGMA max_page_count = {pages}")
-
-
-def test_full_disk_refuses_feedback_and_recovers(tmp_path: Path) -> None:
-    lost: list[int] = []
-
-    async def body(log: Records) -> None:
-        assert isinstance(log, SmallDisk)
-        log.interaction(interaction("chat-1"))
-        kept.append(await log.feedback(feedback("chat-1")))
-        log.limit(1)  # at least what it has
-        with pytest.raises(Unavailable):
-            await log.feedback(feedback("chat-1", value="x" * 100_000))
-        assert log.failing
-        log.interaction(interaction("chat-2", content=False))
-        log.limit(1 << 30)
-        kept.append(await log.feedback(feedback("chat-1", value="y" * 100_000)))
-        assert not log.failing
-
-    kept: list[str] = []
-    log = SmallDisk(tmp_path / "r.sqlite", lost.append)
-    during(log, body)
-    assert [entry.feedback.id for entry in log.scan()] == kept
-
-
-FAILING_DISK = """
-import asyncio, resource, sys
-from pathlib import Path
-from serve.errors import Unavailable
-from serve.records import Records
-from tests.serve.test_records import feedback, interaction
-
-async def main():
-    lost = []
-    log = Records(Path(sys.argv[1]), lost.append)
-    log.start()
-    log.interaction(interaction("before"))
-    kept = [await log.feedback(feedback("before"))]
-    # The kernel now refuses every write beyond the first byte of a file, with EFBIG, which SQLite calls IOERR.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
-    log.interaction(interaction("during"))
-    for _ in range(3):
-        try:
-            await log.feedback(feedback("before"))
-        except Unavailable as error:
-            assert error.retry_after_seconds > 0
-        else:
-            raise AssertionError("acknowledged without a disk")
-    assert sum(lost) == 1, lost
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log.interaction(interaction("after"))
-    kept.append(await log.feedback(feedback("after")))
-    await log.close()
-    assert [entry.feedback.id for entry in log.scan()] == kept
-    print("ok")
-
-asyncio.run(main())
-"""
-
-
-def test_write_errors_refuse_feedback_and_recover(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FAILING_DISK, str(tmp_path / "r.sqlite")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "ok\n", done.stderr
-
-
-WRITE_UNTIL_KILLED = """
-import asyncio, sys
-from pathlib import Path
-from serve.records import Records
-from tests.serve.test_records import feedback, interaction
-from proto.records import new_id, utc_now
-import msgspec
-
-async def main():
-    log = Records(Path(sys.argv[1]))
-    first = int(sys.argv[2])
-    log.start()
-    log.interaction(interaction(f"chat-{first}"))
-
-    async def send(key):
-        record = msgspec.structs.replace(feedback("chat-0"), id=new_id("feedback"), idempotency_key=f"key-{key}")
-        print(f"key-{key}", await log.feedback(record), flush=True)
-
-    for start in range(first, 1 << 30, 16):
-        await asyncio.gather(*(send(key) for key in range(start, start + 16)))
-
-asyncio.run(main())
-"""
-
-
-def test_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    path, random_acks = tmp_path / "r.sqlite", random.Random(7)
-    acked: dict[str, str] = {}
-    for _ in range(10):
-        # Each round first repeats the last keys of the round before, whose fate its client does not know.
-        first = max(0, len(acked) - 40)
-        command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(path), str(first)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            lines = [child.stdout.readline() for _ in range(random_acks.randint(40, 200))]
-            child.kill()
-            lines += child.stdout.readlines()
-        for line in lines:
-            if line.endswith("\n"):  # the last may be cut
-                key, id = line.split()
-                assert acked.setdefault(key, id) == id, "a repeated key got a second id"
-    stored = [entry.feedback for entry in Records(path).scan()]
-    assert acked.items() <= {record.idempotency_key: record.id for record in stored}.items()
-    assert len(stored) == len({record.idempotency_key for record in stored})
-    assert len(acked) > 400
-
-
-def test_newer_and_foreign_files_are_refused_untouched(tmp_path: Path) -> None:
-    newer, foreign, text = tmp_path / "newer.sqlite", tmp_path / "foreign.sqlite", tmp_path / "text.sqlite"
-    during(Records(newer), lambda log: asyncio.sleep(0))
-    with closing(sqlite3.connect(newer)) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with closing(sqlite3.connect(foreign)) as db:
-        db.execute("CREATE TABLE cats (name TEXT)")
-    text.write_text("not a database, and long enough to be sure of it " * 20)
-    for path, reason in [(newer, "newer Pawl"), (foreign, "something else"), (text, "cannot be opened")]:
-        before = path.read_bytes()
-        with pytest.raises(StoreError, match=reason):
-            Records(path).start()
-        assert path.read_bytes() == before
-    with pytest.raises(StoreError, match="newer Pawl"):
-        list(Records(newer).scan())
-    with pytest.raises(StoreError, match="cannot be read"):
-        list(Records(tmp_path / "missing.sqlite").scan())
-
-
-def test_a_cancelled_caller_disturbs_nobody(tmp_path: Path) -> None:
+def test_a_cancelled_caller_disturbs_nobody(url: str) -> None:
     async def body(log: Records) -> None:
         log.interaction(interaction("chat-1"))
         gone = asyncio.ensure_future(log.feedback(feedback("chat-1")))
@@ -327,40 +186,193 @@ def test_a_cancelled_caller_disturbs_nobody(tmp_path: Path) -> None:
         gone.cancel()
         assert await log.feedback(feedback("chat-1"))
 
-    log = Records(tmp_path / "r.sqlite")
+    log = Records(open_store(url))
     during(log, body)
-    assert sum(1 for _ in log.scan()) == 2
+    assert sum(1 for _ in log.store.scan()) == 2
 
 
-FAILING_SYNC = """
-import asyncio, sys
-from pathlib import Path
-from serve.errors import Unavailable
-from serve.records import Records
-from tests.serve.test_records import feedback, interaction
-
-async def main():
-    log, kept, refused = Records(Path(sys.argv[1])), [], 0
-    log.start()
-    log.interaction(interaction("chat-1"))
-    while refused < 3 or len(kept) < 6:
-        try:
-            kept.append(await log.feedback(feedback("chat-1")))
-        except Unavailable:
-            refused += 1
-    await log.close()
-    assert [entry.feedback.id for entry in log.scan()] == kept, "what was refused came back"
-    print("ok", refused)
-
-asyncio.run(main())
-"""
+# -- what is not ours -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.system
-def test_sync_errors_refuse_feedback_and_recover(tmp_path: Path) -> None:
-    # The 8th to 10th sync fail, a few commits after the start.
-    fault = ["strace", "-f", "-o", str(tmp_path / "trace"), "-e", "trace=fsync,fdatasync"]
-    fault += ["-e", "inject=fsync,fdatasync:error=EIO:when=8..10"]
-    command = [*fault, sys.executable, "-c", FAILING_SYNC, str(tmp_path / "r.sqlite")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "ok 3\n", done.stderr
+def execute(url: str, query: str) -> None:
+    """Behind the store's back."""
+    if url.startswith(POSTGRES):
+        with psycopg.connect(url, autocommit=True) as postgres:
+            postgres.execute(query.encode())
+        return
+    Path(url).parent.mkdir(exist_ok=True)
+    with closing(sqlite3.connect(url)) as db:
+        db.execute(query)
+
+
+def test_a_store_of_another_pawl_is_refused(url: str) -> None:
+    during(Records(open_store(url)), lambda log: asyncio.sleep(0))
+    for version in (SCHEMA_VERSION - 1, SCHEMA_VERSION + 1):
+        postgres = url.startswith(POSTGRES)
+        execute(url, f"UPDATE pawl_schema SET version = {version}" if postgres else f"PRAGMA user_version = {version}")
+        with pytest.raises(StoreError, match=f"another Pawl .schema {version}"):
+            Records(open_store(url)).start()
+        with pytest.raises(StoreError, match="another Pawl"):
+            list(open_store(url).scan())
+
+
+def test_a_database_of_something_else_is_refused(url: str) -> None:
+    execute(url, "CREATE TABLE feedback (name TEXT)")
+    with pytest.raises(StoreError, match="something else"):
+        Records(open_store(url)).start()
+
+
+def test_what_is_not_there_cannot_be_read(url: str) -> None:
+    with pytest.raises(StoreError, match="cannot be read"):
+        list(open_store(url).scan())
+    with pytest.raises(StoreError, match="cannot be read"):
+        list(open_store(url + "_not_there").interactions())
+    with pytest.raises(StoreError, match="cannot be read"):
+        open_store(url).owned("alice")
+
+
+def test_a_file_that_is_no_database_is_refused_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "text.sqlite"
+    path.write_text("not a database, and long enough to be sure of it " * 20)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="cannot be opened"):
+        Records(open_store(str(path))).start()
+    assert path.read_bytes() == before
+
+
+def test_a_database_that_is_away_stops_no_server(tmp_path: Path) -> None:
+    log = Records(open_store(f"postgresql://somebody@/records?host={tmp_path}"))
+
+    async def body(log: Records) -> None:
+        log.interaction(interaction("chat-1"))
+        with pytest.raises(Unavailable):
+            await log.feedback(feedback("chat-1"))
+
+    during(log, body)
+    assert (log.counts.lost, log.counts.refused, log.counts.failing) == (1, 1, True)
+
+
+def test_a_bad_url_is_refused_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no PostgreSQL URL"):
+        open_store("postgresql://me:secret@host/db?nonsense=1")
+    assert "secret" not in open_store("postgresql://me:secret@host/db").name
+
+
+# -- redaction and retention ------------------------------------------------------------------------------------
+
+
+def test_personal_data_never_reaches_the_store(url: str) -> None:
+    email, card = "alice@example.com", "4111 1111 1111 1111"
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"I am {email}", "name": email}],
+        "completion": f"Your card is {card}",
+        "params": {"stop": [email], "metadata": {"who": email, "long": "x" * 250 + " " + email}, "seed": 1},
+        "subject": email,
+    }
+    said = feedback("chat-1", value=f"call {email}", tags={"by": email})
+
+    async def body(log: Records) -> None:
+        log.interaction(interaction("chat-1", **asked))
+        await log.feedback(said)
+
+    log = Records(open_store(url), Redactor("email,card"))
+    during(log, body)
+    (entry,) = log.store.interactions()
+    kept = entry.interaction
+    assert kept.messages == [{"role": "user", "content": "I am <EMAIL>", "name": "<EMAIL>"}]
+    assert kept.completion == "Your card is <CARD>"
+    assert kept.params["stop"] == ["<EMAIL>"]
+    assert kept.params["metadata"]["who"] == "<EMAIL>"
+    assert len(kept.params["metadata"]["long"]) <= 256
+    assert kept.subject == email  # or it could not be erased
+    assert (entry.feedback[0].value, entry.feedback[0].tags) == ("call <EMAIL>", {"by": "<EMAIL>"})
+
+
+def test_only_the_chosen_kinds_are_redacted() -> None:
+    text = "alice@example.com, +1 212 555 0123"
+    prompt = interaction("c", content=False, endpoint="completion", prompt=text)
+    for kinds, expected in {
+        "none": text,
+        "email": "<EMAIL>, +1 212 555 0123",
+        "phone,email": "<EMAIL>, <PHONE>",
+    }.items():
+        changed = Redactor(kinds)(prompt)
+        assert isinstance(changed, Interaction)
+        assert changed.prompt == expected
+
+
+def test_a_record_that_cannot_be_redacted_is_not_written(url: str) -> None:
+    def redact(record: Any) -> Any:
+        if record.id == "chat-2" or record.value == "bad":
+            raise RecursionError("too deep")
+        return record
+
+    log = Records(open_store(url), redact)
+
+    async def body(log: Records) -> None:
+        log.store.append([interaction("chat-1")])
+        log.interaction(interaction("chat-2"))
+        bad, good = await asyncio.gather(
+            log.feedback(feedback("chat-1", value="bad")),
+            log.feedback(feedback("chat-1", value="good")),
+            return_exceptions=True,
+        )
+        assert isinstance(bad, InternalError)
+        assert isinstance(good, str)
+
+    during(log, body)
+    assert log.counts.lost == 1
+    assert [entry.feedback.value for entry in log.store.scan()] == ["good"]
+
+
+def test_text_expires_before_the_rest(url: str) -> None:
+    store = open_store(url)
+    ages = {"new": 1, "old": 10, "ancient": 100}
+    store.append([interaction(id, created=ago(days), params={"stop": ["END"]}) for id, days in ages.items()])
+    store.append([record for id in ages for record in (feedback(id), feedback(id, value="a comment"))])
+    assert Retention(0, 0).apply(store) == 0
+    assert Retention(content_days=5, metadata_days=50).apply(store) == 3  # ancient; old's text; what was said of that
+    kept = {entry.interaction.id: entry for entry in store.interactions()}
+    assert kept.keys() == {"new", "old"}
+    assert kept["new"].interaction.completion == "hi"
+    assert kept["new"].interaction.params == {"stop": ["END"]}
+    assert [f.value for f in kept["new"].feedback] == [True, "a comment"]
+    old = kept["old"].interaction
+    assert (old.messages, old.completion, old.params, old.prompt_tokens) == (None, None, {}, 3)
+    assert [f.value for f in kept["old"].feedback] == [True]
+    assert Retention(content_days=5, metadata_days=50).apply(store) == 0
+    store.close()
+
+
+def test_the_log_expires_what_is_old_when_it_starts(url: str) -> None:
+    store = open_store(url)
+    store.append([interaction("old", created=ago(10)), interaction("new")])
+    store.close()
+    log = Records(open_store(url), retention=Retention(metadata_days=5))
+
+    async def body(log: Records) -> None:
+        log.interaction(interaction("newer"))
+        await log.feedback(feedback("newer"))
+
+    during(log, body)
+    assert log.counts.expired == 1
+    assert [entry.interaction.id for entry in log.store.interactions()] == ["new", "newer"]
+
+
+def test_erasing_leaves_the_others(url: str) -> None:
+    store = open_store(url)
+    store.append(
+        [interaction("a-1", subject="alice"), interaction("b-1", subject="bob"), interaction("a-2", subject="alice")]
+    )
+    said = [feedback("a-1"), feedback("b-1"), feedback("a-2", value="comment")]
+    store.append(said)
+    owned = store.owned("alice")
+    assert (owned.interactions, owned.feedback) == (["a-1", "a-2"], [said[0].id, said[2].id])
+    erased = store.erase("alice")
+    assert (erased.interactions, erased.feedback) == (owned.interactions, owned.feedback)
+    assert [(entry.interaction.id, entry.feedback) for entry in store.interactions()] == [("b-1", (said[1],))]
+    last = list(store.scan())[-1].sequence
+    store.append([feedback("b-1")])
+    assert [entry.sequence > last for entry in store.scan(since=last)] == [True]  # no number is given twice
+    assert store.erase("alice").interactions == []
+    store.close()

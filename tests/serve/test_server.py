@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proto import inference_pb2 as pb
 from proto import inference_pb2_grpc as stubs
 from proto.manifest import GRAPH, MANIFEST, TOKENIZER, WEIGHTS, Manifest
-from serve.records import Records
+from serve.store import open_store
 from tests.serve.fakes import run
 from tests.serve.tiny import CAPACITY, ROOT, SPECIAL, TEXT, VOCABULARY, Server, start_server, stop_server
 
@@ -587,7 +587,7 @@ def test_feedback_survives_a_kill(artifact: Path, tmp_path: Path) -> None:
     with own_server(artifact, tmp_path) as server:
         run(lambda: main(server), 60)
     completion = stored.pop("completion")
-    judged = list(Records(tmp_path / "records.sqlite").scan())
+    judged = list(open_store(str(tmp_path / "records.sqlite")).scan())
     found = {j.feedback.id: (j.feedback.inference_id, j.feedback.metric_name, j.feedback.value) for j in judged}
     assert found == stored
     assert all(j.interaction.completion == completion for j in judged)
