@@ -36,6 +36,8 @@ class ArtifactTokenization:
         return self._tokenizer.encode(text, add_special_tokens=special)
 
     def render(self, messages: Messages) -> list[int]:
+        if len(messages) == 1 and not self._tokenizer.has_chat_template:
+            return self.encode(messages[0]["content"], special=True)  # as it was learnt
         text = self._tokenizer.render_chat([dict(message) for message in messages])
         return self._tokenizer.encode(text, add_special_tokens=False)
 

@@ -24,7 +24,7 @@ def key_option() -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    registry: str = option("registry", "folder, or URL that fsspec has a driver for")
+    registry: str = option("data/registry", "folder, or URL that fsspec has a driver for")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

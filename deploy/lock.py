@@ -18,9 +18,10 @@ def owner() -> str:
 
 
 @contextmanager
-def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
+def exclusive(path: Path, *, wait: bool) -> Iterator[int]:
     """Hold `path`, by flock(2): the kernel lets go of it when the process ends, however that comes about.
 
+    Gives its file descriptor: a process that inherits it holds the lock too.
     Raises DeployError that names the holder if it is held and we do not `wait`. The file stays: to remove it would
     let two hold "it" at once.
     """
@@ -36,4 +37,4 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
         file.truncate()
         file.write(owner() + "\n")
         file.flush()
-        yield
+        yield file.fileno()

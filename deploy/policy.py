@@ -52,7 +52,8 @@ class Policy(_Table, frozen=True):
         shapes: dict[object, Literal["chat", "pairs", "thumbs"]] = {"sft": "chat", "dpo": "pairs", "kto": "thumbs"}
         objective = self.finetune.get("objective")
         if objective not in shapes:
-            raise DeployError(f"[finetune] objective = {objective!r}: feedback teaches by {', '.join(map(str, shapes))}")
+            names = ", ".join(map(str, shapes))
+            raise DeployError(f"[finetune] objective = {objective!r}: feedback makes examples for {names}")
         return shapes[objective]
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def run(words: list[str], *, launcher: list[str], lock: int) -> None:
-    """`LAUNCHER -m WORDS`, from the root. `lock` is a file descriptor that the process inherits.
+def run(words: list[str], *, lock: int) -> None:
+    """`python -m WORDS`, from the root. `lock` is a file descriptor that the process inherits.
 
     Raises DeployError with the exit status if it is not 0. What it says goes where ours goes.
     """
@@ -26,7 +26,7 @@ def run(words: list[str], *, launcher: list[str], lock: int) -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     done = subprocess.run(
-        [*(launcher or [sys.executable]), "-m", *words],
+        [sys.executable, "-m", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         pass_fds=(lock,),

@@ -15,6 +15,9 @@ from typing import Any
 from deploy.places import open_place
 from deploy.signatures import check, sign, signature_file
 from deploy.state import State, add_up
+from proto.lineage import LINEAGE, FolderLineage
+from proto.lineage import decode as decode_lineage
+from proto.lineage import encode as encode_lineage
 from proto.manifest import MANIFEST, Manifest, ManifestError, load
 from proto.records import utc_now
 from proto.registry import (
@@ -30,6 +33,11 @@ from proto.registry import (
 
 Evidence = dict[str, Any] | str | None
 LEAST_PREFIX = 4  # characters of a digest that may stand for all of it
+
+
+def ancestry_file(version: str) -> str:
+    """In a folder of its own, so that an erasure finds it (serve/derived.py)."""
+    return f"lineage/{version}/{LINEAGE}"
 
 
 class Registry:
@@ -91,6 +99,7 @@ class Registry:
         why: str,
         evidence: Evidence = None,
         key: Path | None = None,
+        ancestry: FolderLineage | None = None,
     ) -> str:
         """Copy an artifact in, verified before and after; its version. One that is there and whole stays as it is.
 
@@ -102,9 +111,17 @@ class Registry:
             if key is not None:
                 with self.open(version) as folder:
                     self._place.replace(signature_file(version), sign(folder, key))
+            if ancestry is not None and self.ancestry(version) is None:
+                self._place.replace(ancestry_file(version), encode_lineage(ancestry))
             if version not in self.state().published:
                 self.move("publish", version, by=by, why=why, evidence=evidence)
         return version
+
+    def ancestry(self, version: str) -> FolderLineage | None:
+        """What a version that was retrained was made from; None of one that was published by hand."""
+        name = ancestry_file(version)
+        data = self._place.read(name)
+        return None if data is None else decode_lineage(data, Path(name))
 
     def move(
         self,

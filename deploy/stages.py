@@ -53,11 +53,13 @@ class Stages:
         inputs: Mapping[str, str],
         make: Callable[[Path], Mapping[str, Any] | None],
         outputs: Callable[[Path], Digests],
+        *,
+        resumes: bool = False,
     ) -> Done:
         """Have the stage made by `make(folder)`, which returns facts, unless it is there.
 
-        `make` finds an empty folder, or what an earlier try with the same inputs left in it; `outputs(folder)` are the
-        digests of what is in it.
+        `outputs(folder)` are the digests of what is in it. `make` finds an empty folder or, if it `resumes`, what an
+        earlier try with the same inputs left.
         """
         self._number += 1
         title = f"{self._number:02}-{name}"
@@ -69,7 +71,7 @@ class Stages:
         self._say(f"{title}")
         marker.unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
-        work = self._prepare(target, inputs)
+        work = self._prepare(target, inputs, resumes)
         facts = dict(make(work) or {})
         (work / INPUTS).unlink()
         made = outputs(work)
@@ -81,9 +83,7 @@ class Stages:
         return Done(target, made, facts)
 
     @staticmethod
-    def _find(
-        marker: Path, target: Path, inputs: Mapping[str, str], outputs: Callable[[Path], Digests]
-    ) -> Done | None:
+    def _find(marker: Path, target: Path, inputs: Mapping[str, str], outputs: Callable[[Path], Digests]) -> Done | None:
         if not marker.exists() or not target.is_dir():
             return None
         found = msgspec.json.decode(marker.read_bytes(), type=Marker)
@@ -94,10 +94,10 @@ class Stages:
         return Done(target, found.outputs, found.facts) if whole else None
 
     @staticmethod
-    def _prepare(target: Path, inputs: Mapping[str, str]) -> Path:
+    def _prepare(target: Path, inputs: Mapping[str, str], resumes: bool) -> Path:
         work = target.with_name(f"{target.name}.incomplete")
         asked = msgspec.json.encode(dict(inputs))
-        if not (work / INPUTS).exists() or (work / INPUTS).read_bytes() != asked:
+        if not (resumes and (work / INPUTS).exists() and (work / INPUTS).read_bytes() == asked):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             (work / INPUTS).write_bytes(asked)

@@ -1,0 +1,186 @@
+"""A whole retrain cycle small enough for a test: a tiny model in a registry, records, a policy; and kills in it.
+
+As a program, `python -m tests.deploy.small_loop ROOT STAGE MOMENT`, it runs a cycle and is killed at that stage, either
+`before` its marker is written or `after`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deploy.retrain import Options, retrain
+from deploy.stages import Stages
+from proto import lineage
+from proto.lineage import FolderLineage
+from proto.records import Feedback, Interaction, utc_now
+from serve.store import open_store
+
+STAGES = ("begin", "snapshot", "dataset", "examples", "finetune", "quantize", "gate", "publish")
+SAFETY = '{"id": "any", "prompt": "Say 1.", "forbidden": ["zzzzzzzz"]}\n'
+SECRET = "tooth by tooth"
+POLICY = """
+[feedback]
+least_examples = 8
+judged_share = 0.3
+replay_share = 0.25
+
+[finetune]
+objective = "sft"
+adapter = "lora"
+epochs = 6.0
+batch = 8
+learning_rate = 0.02
+context = 128
+precision = "float32"
+tracker = "none"
+
+[quantize]
+recipe = "w8a8"
+text = "{text}"
+window = 64
+calibration_windows = 2
+held_out_windows = 1
+calibration_rows = 32
+force = true
+
+[gate]
+{gate}
+
+[trial]
+share = 0.25
+"""
+
+
+def options(root: Path) -> Options:
+    return Options(
+        registry=str(root / "registry"),
+        work=root / "cycles",
+        records=str(root / "records.sqlite"),
+        checkpoint=str(root / "checkpoint"),
+        held_out=(root / "held_out.jsonl",),
+        policy=root / "policy.toml",
+        safety=root / "safety.jsonl",
+        threads=1,
+    )
+
+
+def make_records(path: Path, version: str, numbers: range) -> None:
+    """People who want numbers said with the words of SECRET, and say so; every third one likes what it got."""
+    store = open_store(str(path))
+    store.open()
+    for n in numbers:
+        store.append(
+            [
+                Interaction(
+                    id=f"chat-{n}",
+                    created=utc_now(),
+                    model="tiny",
+                    model_digest=version,
+                    endpoint="chat",
+                    messages=[{"role": "user", "content": f"Say {n}."}],
+                    completion="no",
+                    prompt_tokens=3,
+                    completion_tokens=1,
+                    cached_tokens=0,
+                    ttft_seconds=0.1,
+                    duration_seconds=0.2,
+                    finish_reason="stop",
+                    subject=f"person-{n}",
+                    request_id=f"r-{n}",
+                ),
+                Feedback(
+                    id=f"feedback-{n}",
+                    created=utc_now(),
+                    inference_id=f"chat-{n}",
+                    metric_name="demonstration",
+                    value=f"{SECRET}, {n}",
+                ),
+            ]
+        )
+    store.close()
+
+
+def snapshot(records: str, folder: Path, since: int) -> None:
+    judged = list(open_store(records).scan(since))
+    (folder / "records.jsonl").write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in judged))
+    own = FolderLineage(
+        kind="snapshot",
+        created=utc_now(),
+        command="a test",
+        interactions=[entry.interaction.id for entry in judged],
+        feedback=[entry.feedback.id for entry in judged],
+        since=since,
+        until=max([entry.sequence for entry in judged], default=since),
+    )
+    lineage.write(folder, own)
+
+
+def make_dataset(source: Path, folder: Path) -> None:
+    lines = []
+    for line in (source / "records.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        messages = [*entry["interaction"]["messages"], {"role": "assistant", "content": entry["feedback"]["value"]}]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (folder / "chat.jsonl").write_text("".join(lines))
+    whole = lineage.read(source)
+    own = replace_lineage(whole, kind="dataset", created=utc_now(), inputs={"snapshot": whole.digest})
+    lineage.write(folder, own)
+
+
+def replace_lineage(whole: FolderLineage, **fields: Any) -> FolderLineage:
+    changed: FolderLineage = msgspec.structs.replace(whole, **fields)
+    return changed
+
+
+def make_policy(root: Path, **gate: float) -> None:
+    """The committed policy with numbers for a tiny model; keywords go to the gate."""
+    limits = {"held_out_perplexity_ratio": 1.02, "feedback_gain": 0.0, "safety_regressions": 0, "safety_tokens": 4}
+    lines = [f"{name} = {value}" for name, value in (limits | gate).items()]
+    (root / "policy.toml").write_text(POLICY.format(text=root / "text.txt", gate="\n".join(lines)))
+
+
+def run_cycle(root: Path, **changes: Any) -> int:
+    return retrain(replace(options(root), **changes), snapshot, make_dataset)
+
+
+def digests(root: Path, cycle: str = "0001") -> dict[str, Any]:
+    """Inputs and outputs of every stage."""
+    markers = {path.stem: json.loads(path.read_text()) for path in (root / "cycles" / cycle / "stages").glob("*.json")}
+    return {name: (marker["inputs"], marker["outputs"]) for name, marker in markers.items()}
+
+
+def kill_at(stage: str, moment: str) -> None:
+    plain = Stages.run
+
+    def run(self: Stages, name: str, inputs: Any, make: Callable[[Path], Any], outputs: Any, **more: Any) -> Any:
+        def make_and_die(folder: Path) -> Any:
+            made = make(folder)
+            if (name, moment) == (stage, "before"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return made
+
+        done = plain(self, name, inputs, make_and_die, outputs, **more)
+        if (name, moment) == (stage, "after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    Stages.run = run  # type: ignore[method-assign]
+
+
+def main() -> int:
+    root, stage, moment = sys.argv[1:]
+    kill_at(stage, moment)
+    return run_cycle(Path(root))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
