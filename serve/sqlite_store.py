@@ -136,8 +136,8 @@ class SqliteStore(Store):
         return not isinstance(error, sqlite3.Error) or self.may_pass(error)
 
     def _purge(self) -> str:
-        # Pages that were rebalanced may hold copies of rows in their gaps, which secure_delete leaves; a new file has
-        # none. The log goes when nobody reads it any more.
+        # secure_delete overwrites rows, but not the stale copies in the gaps of pages that were balanced; a new file
+        # has none. The log goes when nobody reads it any more.
         self._db.execute("VACUUM")
         if self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             raise StoreError(
