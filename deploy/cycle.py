@@ -25,6 +25,7 @@ from deploy.examples import FRESH, JUDGE, LEARN, Counts, mix, read_lines
 from deploy.policy import Policy, command_line, read_policy
 from deploy.process import run
 from deploy.registry import Registry
+from deploy.snapshot import Snapshot, snapshot
 from deploy.stages import Digests, Done, Stages, write
 from proto import lineage
 from proto.lineage import LINEAGE, FolderLineage
@@ -33,13 +34,12 @@ from proto.records import utc_now
 
 POLICY, SAFETY, HELD_OUT = "policy.toml", "safety.jsonl", "held_out.jsonl"
 VERDICT = "verdict.json"
+RECORDS = "records"
 MODEL = "model"
 ARTIFACT = "artifact"
 
-# (records, folder, since): write what was said after the cursor `since` into the folder, with its lineage.
-Snapshot = Callable[[str, Path, int], None]
-# (snapshot, folder): make chat.jsonl, pairs.jsonl and thumbs.jsonl of it, with their lineage.
-MakeDataset = Callable[[Path, Path], None]
+# (snapshot, empty folder, held-out files) -> report: make chat.jsonl, pairs.jsonl and thumbs.jsonl, and their lineage.
+MakeDataset = Callable[[Path, Path, tuple[Path, ...]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,6 @@ class Cycle:
         folder: Path,
         registry: Registry,
         *,
-        snapshot: Snapshot,
         make_dataset: MakeDataset,
         threads: int,
         lock: int,
@@ -87,7 +86,6 @@ class Cycle:
     ) -> None:
         self.folder = folder
         self._registry = registry
-        self._snapshot = snapshot
         self._make_dataset = make_dataset
         self._threads = threads
         self._lock = lock
@@ -102,14 +100,17 @@ class Cycle:
                 self._say(f"{name} is not what it was as this cycle began; it goes on with {begun.folder / name}")
         policy = read_policy(begun.folder / POLICY)
         began = msgspec.convert(begun.facts, Start, dec_hook=lambda kind, value: kind(value))
-        snapshot = self._stages.run(
+        taken = self._stages.run(
             "snapshot",
             {"since": str(began.since)},
-            lambda folder: self._snapshot(began.records, folder, began.since),
+            lambda folder: take_snapshot(began, folder),
             all_digests,
         )
         dataset = self._stages.run(
-            "dataset", snapshot.outputs, lambda folder: self._make_dataset(snapshot.folder, folder), all_digests
+            "dataset",
+            {**taken.outputs, **begun.outputs},
+            lambda folder: self._make_dataset(taken.folder / RECORDS, folder, (begun.folder / HELD_OUT,)),
+            all_digests,
         )
         source = dataset.folder / f"{policy.shape}.jsonl"
         found = len(read_lines(source)) if source.exists() else 0
@@ -220,6 +221,11 @@ class Cycle:
         version = self._registry.publish(artifact, by=who, why=why, evidence=evidence, ancestry=ancestry)
         if self._registry.state().candidate != version:
             self._registry.move("canary", version, by=who, why=why, share=policy.trial.share)
+
+
+def take_snapshot(start: Start, folder: Path) -> dict[str, Any]:
+    taken = snapshot(Snapshot(output=folder / RECORDS, records=start.records, since=start.since))
+    return {"until": taken.until, "feedback": len(taken.feedback)}
 
 
 def freeze(start: Start, frozen: Mapping[str, bytes], folder: Path) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from msgspec import Struct
 
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.corpus import default_texts
-from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, MakeDataset, Snapshot, Start
+from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, MakeDataset, Start
 from deploy.errors import DeployError
 from deploy.examples import FRESH
 from deploy.lock import exclusive
 from deploy.policy import DEFAULT, read_policy
 from deploy.registry import Registry
+from deploy.snapshot import RECORDS
 from deploy.stages import Marker, write
-from proto import lineage
 from proto.records import utc_now
 from serve.machine import cpu_quota
 from train.flags import option
@@ -40,7 +40,7 @@ HELD_OUT_CHARACTERS = 2000  # of each
 class Options:
     registry: str = option("data/registry", "folder, or URL that fsspec has a driver for")
     work: Path = option(Path("data/cycles"), "folder of the cycles; the same one every time")
-    records: str = option("data/records.sqlite", "the records: a file, or a PostgreSQL URL")
+    records: str = option(RECORDS, "SQLite file or postgresql:// URL of interactions and feedback")
     checkpoint: str = option("", "checkpoint of the current version, where no cycle made it")
     held_out: tuple[Path, ...] = option(
         (), "JSONL files to judge by, as `train eval` takes for perplexity (default: texts that Python carries)"
@@ -88,7 +88,7 @@ class Turn:
         write(self.folder / OUTCOME, Outcome(verdict=verdict, why=why, finished=utc_now(), **more))
 
 
-def retrain(options: Options, snapshot: Snapshot, make_dataset: MakeDataset) -> int:
+def retrain(options: Options, make_dataset: MakeDataset) -> int:
     """One cycle, or the rest of one; the exit status. Raises DeployError if another process is at it."""
     with exclusive(options.work / "lock", wait=False) as lock:
         registry = Registry(options.registry)
@@ -118,7 +118,6 @@ def retrain(options: Options, snapshot: Snapshot, make_dataset: MakeDataset) -> 
         cycle = Cycle(
             last.folder,
             registry,
-            snapshot=snapshot,
             make_dataset=make_dataset,
             threads=options.threads or cpu_quota()[0],
             lock=lock,
@@ -133,8 +132,8 @@ def conclude(turn: Turn, result: Any, registry: Registry) -> int:
         shutil.rmtree(turn.folder)  # what was said so far goes into the next one
         print(f"{result.found} examples since the last cycle, and the policy wants {result.wanted}: nothing is done")
         return 0
-    snapshot = turn.stage("snapshot")
-    until = lineage.read(snapshot).until if snapshot else 0
+    taken = turn.marker("snapshot")
+    until = taken.facts["until"] if taken else 0
     told = result.verdict.explain()
     if result.version is None:
         turn.end("rejected", told, until=until)

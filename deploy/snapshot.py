@@ -7,7 +7,7 @@ every record in it, so that `python -m serve records erase` finds it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from train.folders import new_folder
 INTERACTIONS = "interactions.parquet"
 FEEDBACK = "feedback.parquet"
 PAGE_ROWS = 1024
+(RECORDS,) = (item.default for item in fields(Settings) if item.name == "records")  # where the server keeps them
 
 _TEXT, _COUNT, _SECONDS = pa.string(), pa.int64(), pa.float64()
 # JSON where the record holds objects. A value lies in the column of its type.
@@ -55,7 +56,7 @@ JSON_FIELDS = ("messages", "params", "tags")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     output: Path = field(metadata={"help": "folder to make", "parse": Path, "positional": True})
-    records: str = option(Settings.records, "SQLite file or postgresql:// URL of interactions and feedback")
+    records: str = option(RECORDS, "SQLite file or postgresql:// URL of interactions and feedback")
     since: int = option(0, "cursor: take feedback stored after it, such as the `until` of the last snapshot")
     unjudged: bool = option(False, "also take the interactions that nobody judged")
 

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 
 from deploy.retrain import Options, retrain
+from deploy.snapshot import judgements
 from deploy.stages import Stages
 from proto import lineage
-from proto.lineage import FolderLineage
 from proto.records import Feedback, Interaction, utc_now
 from serve.store import open_store
 
@@ -29,7 +29,7 @@ SAFETY = '{"id": "any", "prompt": "Say 1.", "forbidden": ["zzzzzzzz"]}\n'
 SECRET = "tooth by tooth"
 POLICY = """
 [feedback]
-least_examples = 8
+least_examples = {least}
 judged_share = 0.3
 replay_share = 0.25
 
@@ -109,47 +109,28 @@ def make_records(path: Path, version: str, numbers: range) -> None:
     store.close()
 
 
-def snapshot(records: str, folder: Path, since: int) -> None:
-    judged = list(open_store(records).scan(since))
-    (folder / "records.jsonl").write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in judged))
-    own = FolderLineage(
-        kind="snapshot",
-        created=utc_now(),
-        command="a test",
-        interactions=[entry.interaction.id for entry in judged],
-        feedback=[entry.feedback.id for entry in judged],
-        since=since,
-        until=max([entry.sequence for entry in judged], default=since),
-    )
-    lineage.write(folder, own)
-
-
-def make_dataset(source: Path, folder: Path) -> None:
+def make_dataset(source: Path, folder: Path, held_out: tuple[Path, ...]) -> dict[str, int]:
+    """Of corrections alone, all of them."""
     lines = []
-    for line in (source / "records.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        messages = [*entry["interaction"]["messages"], {"role": "assistant", "content": entry["feedback"]["value"]}]
+    for entry in judgements(source):
+        messages = [*(entry.interaction.messages or []), {"role": "assistant", "content": entry.feedback.value}]
         lines.append(json.dumps({"messages": messages}) + "\n")
     (folder / "chat.jsonl").write_text("".join(lines))
     whole = lineage.read(source)
-    own = replace_lineage(whole, kind="dataset", created=utc_now(), inputs={"snapshot": whole.digest})
+    own = msgspec.structs.replace(whole, kind="dataset", created=utc_now(), inputs={"snapshot": whole.digest})
     lineage.write(folder, own)
+    return {"kept": len(lines)}
 
 
-def replace_lineage(whole: FolderLineage, **fields: Any) -> FolderLineage:
-    changed: FolderLineage = msgspec.structs.replace(whole, **fields)
-    return changed
-
-
-def make_policy(root: Path, **gate: float) -> None:
-    """The committed policy with numbers for a tiny model; keywords go to the gate."""
+def make_policy(root: Path, *, least_examples: int = 8, **gate: float) -> None:
+    """Numbers for a tiny model; keywords go to the gate."""
     limits = {"held_out_perplexity_ratio": 1.02, "feedback_gain": 0.0, "safety_regressions": 0, "safety_tokens": 4}
-    lines = [f"{name} = {value}" for name, value in (limits | gate).items()]
-    (root / "policy.toml").write_text(POLICY.format(text=root / "text.txt", gate="\n".join(lines)))
+    table = "\n".join(f"{name} = {value}" for name, value in (limits | gate).items())
+    (root / "policy.toml").write_text(POLICY.format(least=least_examples, text=root / "text.txt", gate=table))
 
 
 def run_cycle(root: Path, **changes: Any) -> int:
-    return retrain(replace(options(root), **changes), snapshot, make_dataset)
+    return retrain(replace(options(root), **changes), make_dataset)
 
 
 def digests(root: Path, cycle: str = "0001") -> dict[str, Any]:

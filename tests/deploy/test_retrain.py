@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ from deploy.errors import DeployError
 from deploy.lock import exclusive
 from deploy.registry import Registry
 from deploy.retrain import EXIT_GATE
-from proto.manifest import load
 from tests.deploy import small_loop
 from tests.deploy.small_loop import SECRET, STAGES, digests, make_policy, make_records, run_cycle
 from tests.serve.tiny import TEXT
@@ -139,14 +139,13 @@ def test_too_little_feedback_starts_nothing(make_root: Callable[..., Path], caps
 
 
 def test_kills_at_every_stage_change_nothing(undisturbed: Path, make_root: Callable[..., Path]) -> None:
-    """One cycle that is killed twice at each stage: its work was done and not yet marked, and just marked."""
+    """One cycle that is killed at every stage, when its work was done and not yet marked, and after the last mark."""
     root = make_root("killed")
-    for stage in STAGES:
-        for moment in ("before", "after"):
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.deploy.small_loop", str(root), stage, moment], cwd=ROOT, check=False
-            )
-            assert done.returncode == -signal.SIGKILL, (stage, moment)
+    for stage, moment in [*((stage, "before") for stage in STAGES), (STAGES[-1], "after")]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.deploy.small_loop", str(root), stage, moment], cwd=ROOT, check=False
+        )
+        assert done.returncode == -signal.SIGKILL, (stage, moment)
     assert run_cycle(root) == 0
     assert comparable(root) == comparable(undisturbed)
     one, other = Registry(str(root / "registry")), Registry(str(undisturbed / "registry"))
@@ -183,12 +182,64 @@ def test_what_cannot_be_begun_is_said(make_root: Callable[..., Path]) -> None:
         run_cycle(root)
 
 
-def test_a_cycle_whose_beginning_is_outdated_is_abandoned(make_root: Callable[..., Path]) -> None:
+def test_a_cycle_whose_beginning_is_outdated_is_abandoned(
+    make_root: Callable[..., Path], artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_root("root")
-    subprocess.run([sys.executable, "-m", "tests.deploy.small_loop", str(root), "examples", "after"], cwd=ROOT)
+    killed = [sys.executable, "-m", "tests.deploy.small_loop", str(root), "dataset", "after"]
+    assert subprocess.run(killed, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    other, path = next(iter(artifacts.items()))
     registry = Registry(str(root / "registry"))
-    assert load(root / "artifact").digest == registry.state().current
-    make_policy(root, feedback_gain=100.0)
-    assert run_cycle(root, abandon=True) == EXIT_GATE
-    verdicts = [json.loads((root / "cycles" / n / "outcome.json").read_text())["verdict"] for n in ("0001", "0002")]
-    assert verdicts == ["abandoned", "rejected"]
+    first = registry.resolve("current")
+    registry.publish(path, by="ann", why="another")
+    registry.move("promote", other, by="ann", why="another")
+    with pytest.raises(DeployError, match=r"which no cycle here has|give that one"):
+        run_cycle(root)
+    assert f"it began from version {first[:12]}, and {other[:12]} is current by now" in capsys.readouterr().err
+    assert json.loads((root / "cycles/0001/outcome.json").read_text())["verdict"] == "abandoned"
+    registry.move("rollback", other, by="ann", why="no")
+    make_policy(root, least_examples=100)
+    assert run_cycle(root) == 0  # what the abandoned one took is there again
+    assert "30 examples since the last cycle, and the policy wants 100" in capsys.readouterr().out
+
+
+def test_an_unfinished_cycle_goes_by_the_policy_it_began_with(
+    make_root: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_root("root")
+    killed = [sys.executable, "-m", "tests.deploy.small_loop", str(root), "begin", "after"]
+    make_policy(root, least_examples=100)
+    assert subprocess.run(killed, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    make_policy(root)
+    assert run_cycle(root) == 0
+    told = capsys.readouterr()
+    assert "policy.toml is not what it was as this cycle began" in told.err
+    assert "30 examples since the last cycle, and the policy wants 100" in told.out
+    assert not (root / "cycles/0001").exists()
+
+
+def test_the_cycles_commands_die_with_it_and_hold_its_lock(tmp_path: Path) -> None:
+    """Else what a killed cycle had begun would write beside the one that goes on."""
+    (tmp_path / "slow.py").write_text("import os, sys\nprint(os.getpid(), flush=True)\nsys.stdin.read()\n")
+    program = f"""
+from pathlib import Path
+from deploy import process
+from deploy.lock import exclusive
+process.ROOT = Path({str(tmp_path)!r})
+with exclusive(process.ROOT / "lock", wait=False) as lock:
+    process.run(["slow"], lock=lock)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    with pytest.raises(DeployError, match=f"held by process {parent.pid} "), exclusive(tmp_path / "lock", wait=False):
+        pass
+    watched = os.pidfd_open(child)
+    parent.kill()
+    assert select.select([watched], [], [], 60)[0]  # readable once it has ended
+    os.close(watched)
+    parent.communicate()
+    with exclusive(tmp_path / "lock", wait=False):
+        pass
