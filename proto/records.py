@@ -25,6 +25,7 @@ Id = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}\Z")]  # printable ASCII w
 Created = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")]  # sorts as text
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 MetricName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]{0,63}\Z")]
+Source = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 TagName = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -90,6 +91,7 @@ class Feedback(_Record, frozen=True, kw_only=True):
     value: bool | float | str
     tags: dict[TagName, TagValue] = {}
     idempotency_key: Id | None = None  # a repeated key is the same feedback, sent again
+    source: Source | None = None  # the name of the API key that it came with; None: none was asked for
 
     def __post_init__(self) -> None:
         _check_created(self.created)
