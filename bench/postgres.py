@@ -27,10 +27,21 @@ class Postgres:
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@/{database}?host={self.folder}"
 
-    def create(self, database: str) -> str:
-        """Make an empty database; returns its URL."""
-        self._run("createdb", "-h", str(self.folder), database)
+    def create(self, database: str, tablespace: Path | None = None) -> str:
+        """Make an empty database, whose tables lie in the folder `tablespace` if one is given; returns its URL."""
+        if tablespace is not None:
+            self.execute(f"CREATE TABLESPACE {database}_place LOCATION '{tablespace}'")
+        place = "" if tablespace is None else f" TABLESPACE {database}_place"
+        self.execute(f"CREATE DATABASE {database}{place}")
         return self.url(database)
+
+    def drop(self, database: str, *, tablespace: bool = False) -> None:
+        self.execute(f"DROP DATABASE {database}")
+        if tablespace:
+            self.execute(f"DROP TABLESPACE {database}_place")
+
+    def execute(self, command: str) -> None:
+        self._run("psql", "-q", "-h", str(self.folder), "-d", "postgres", "-c", command)
 
     def start(self) -> None:
         options = f"-k {self.folder} " + " ".join(f"-c {flag}" for flag in FLAGS)

@@ -70,8 +70,8 @@ def run(options: Snapshot) -> int:
 
 def snapshot(options: Snapshot) -> FolderLineage:
     """Make the folder, whole or not at all. Raises DeployError, and TrainError if it exists already."""
-    store = open_store(options.records)
     try:
+        store = open_store(options.records)
         with new_folder(options.output) as folder:
             folder.chmod(0o700)  # people's words
             with (

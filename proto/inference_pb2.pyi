@@ -1135,7 +1135,9 @@ class FeedbackRequest(_message.Message):
     """Validate and store nothing. Default false."""
     @_builtins.property
     def value(self) -> _struct_pb2.Value:
-        """A bool, a finite number, or a text of at most 65536 characters, as the metric demands."""
+        """A bool, a finite number, or a text of at most 65536 characters, as the metric demands; a demonstration may be a list
+        of text parts, {"type": "text", "text": ...}.
+        """
 
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
-from proto.records import TEXT_METRICS, Id, MetricName, TagName, TagValue
+from proto.records import DEMONSTRATION, TEXT_METRICS, Id, MetricName, TagName, TagValue
 from serve.errors import InvalidRequest
 from serve.parsing import parse_fields
 from serve.request import SamplingParams
 
 MAX_ANSWERS = 32  # of one call: prompts times n
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_FEEDBACK = 65536  # characters
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -179,15 +180,20 @@ class DetokenizeRequest(Call, kw_only=True):
 
 
 class FeedbackRequest(Part):
-    """TensorZero's shape."""
+    """TensorZero's shape. A demonstration may also be given as the text parts of an answer; `check` joins them."""
 
     inference_id: Id
     metric_name: MetricName
-    value: bool | float | Annotated[str, Meta(max_length=65536)]
+    value: bool | float | Annotated[str, Meta(max_length=MAX_FEEDBACK)] | list[TextPart]
     tags: Labels = {}
     dryrun: bool = False
 
     def check(self) -> None:
+        if isinstance(self.value, list) and self.metric_name == DEMONSTRATION:
+            self.value = "".join(part.text for part in self.value)
+            if len(self.value) > MAX_FEEDBACK:
+                problem = f"the value has {len(self.value)} characters; give at most {MAX_FEEDBACK}"
+                raise InvalidRequest(problem, param="value")
         if isinstance(self.value, str) != (self.metric_name in TEXT_METRICS):
             wanted = "text" if self.metric_name in TEXT_METRICS else "a boolean or a number"
             texts = " and ".join(sorted(TEXT_METRICS))

@@ -15,7 +15,7 @@ import uvloop
 
 from proto.manifest import Architecture, GateReport, Lineage, Manifest, Precision, Recipe
 from proto.records import Feedback, Interaction
-from serve.errors import Draining, InternalError, InvalidRequest, NotFound, Overloaded, PawlError, Unavailable
+from serve.errors import Draining, InternalError, InvalidRequest, NotFound, Overloaded, PawlError
 from serve.grpc_api import GrpcServer, start_grpc
 from serve.http_api import HttpServer, start_http
 from serve.request import Chunk, Request, TokenLogprob
@@ -150,14 +150,14 @@ class FakeEngine:
 class FakeRecords:
     kept: dict[str, Interaction] = field(default_factory=dict)
     judged: list[Feedback] = field(default_factory=list)
-    failing: bool = False
+    error: PawlError | None = None  # what feedback is refused with
 
     def interaction(self, record: Interaction) -> None:
         self.kept[record.id] = record
 
     async def feedback(self, feedback: Feedback) -> str:
-        if self.failing:
-            raise Unavailable("feedback cannot be stored now", retry_after_seconds=5)
+        if self.error is not None:
+            raise self.error
         if feedback.inference_id not in self.kept:
             raise NotFound(f"no interaction has the id {feedback.inference_id!r}", param="inference_id")
         self.judged.append(feedback)
@@ -224,9 +224,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine | None = None, **options: Any) -> AsyncIterator[Rig]:
+async def serving(engine: FakeEngine | None = None, records: Any = None, **options: Any) -> AsyncIterator[Rig]:
     settings = Settings(model=Path("unused"), http_port=0, grpc_port=0, **({"drain_seconds": 5.0} | options))
-    engine, records, metrics = engine or FakeEngine(), FakeRecords(), FakeMetrics()
+    engine, records, metrics = engine or FakeEngine(), records or FakeRecords(), FakeMetrics()
     tokenizer: Any = FakeTokenizer()
     parts: list[Any] = [engine, tokenizer, records, metrics]
     service = Service(*parts, manifest(), settings, max_context=CONTEXT)

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from proto import inference_pb2 as pb
 from proto import inference_pb2_grpc as stubs
+from serve.errors import InsufficientStorage, Unavailable
 from tests.serve.fakes import FakeEngine, Rig, run, serving
 
 SERVICE = "pawl.v1.Inference"
@@ -187,9 +188,12 @@ def test_feedback() -> None:
                 assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             unknown = pb.FeedbackRequest(inference_id="nobody", metric_name="thumb", value=Value(bool_value=True))
             await refused(api.SendFeedback(unknown), grpc.StatusCode.NOT_FOUND, "inference_id")
-            rig.records.failing = True
-            error = await refused(api.SendFeedback(request), grpc.StatusCode.UNAVAILABLE)
-            assert dict(error.trailing_metadata() or ())["retry-after"] == "5"
+            for rig.records.error, code in (
+                (Unavailable("away"), grpc.StatusCode.UNAVAILABLE),
+                (InsufficientStorage("full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ):
+                error = await refused(api.SendFeedback(request), code)
+                assert dict(error.trailing_metadata() or ())["retry-after"] == "1"
 
     run(main)
 

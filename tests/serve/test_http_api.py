@@ -15,7 +15,7 @@ import openai
 import pytest
 
 import serve.sse
-from serve.errors import TimedOut
+from serve.errors import InsufficientStorage, TimedOut, Unavailable
 from serve.openai_json import Events
 from serve.request import Chunk
 from tests.serve.fakes import CONTEXT, FakeEngine, Rig, exchange, run, serving
@@ -299,10 +299,11 @@ def test_an_answer_can_be_judged_by_its_id() -> None:
                 assert_error(reply.status, await reply.json(), 404)
             async with http.post("/feedback", json=feedback, headers={"Idempotency-Key": "a b"}) as reply:
                 assert_error(reply.status, await reply.json(), 400)
-            rig.records.failing = True
-            async with http.post("/feedback", json=feedback) as reply:
-                assert_error(reply.status, await reply.json(), 503)
-                assert reply.headers["Retry-After"] == "5"
+            for rig.records.error in (Unavailable("away"), InsufficientStorage("full")):
+                async with http.post("/feedback", json=feedback) as reply:
+                    assert_error(reply.status, await reply.json(), rig.records.error.status)
+                    assert reply.headers["Retry-After"] == "1"
+            assert reply.status == 507
 
     run(main)
 
