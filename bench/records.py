@@ -27,6 +27,7 @@ from proto.records import Feedback, Interaction, new_id, utc_now
 from proto.redaction import KINDS
 from serve.records import Records
 from serve.redactor import Redactor
+from serve.server import GIL_SWITCH_SECONDS
 from serve.store import open_store
 
 STORES = ("sqlite", "postgres")
@@ -119,6 +120,7 @@ def place(store: str, folder: Path) -> Iterator[str]:
 
 def main() -> int:
     args = parse()
+    sys.setswitchinterval(GIL_SWITCH_SECONDS)
     document: dict[str, Any] = {"machine": describe(), "arguments": sys.argv[1:], "results": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

@@ -21,6 +21,7 @@ COMMANDS = {
     "reject": ("deploy.commands", "end the candidate's trial"),
     "rollback": ("deploy.commands", "go back to the version before the current one"),
     "history": ("deploy.commands", "who moved what, when and why"),
+    "snapshot": ("deploy.snapshot", "take feedback and what it judges out of the records, into Parquet"),
     "lineage": ("deploy.ancestry", "what a version was made from, down to what people said"),
     "verify": ("deploy.commands", "check versions' digests and signatures, and the pointers"),
 }

@@ -86,10 +86,10 @@ class PostgresStore(Store):
     def _connect(self) -> Connection:
         db = self._open(options=f"-c statement_timeout={STATEMENT_SECONDS}s -c synchronous_commit=on")
         try:
-            with db.transaction():
-                self._lock(db)
-                if self._check_schema(db) == 0:
-                    db.execute(SCHEMA)
+            self._begin(db)
+            if self._check_schema(db) == 0:
+                db.execute(SCHEMA)
+            db.execute("COMMIT")
         except psycopg.Error as error:
             db.close()
             if self.may_pass(error):
@@ -125,12 +125,8 @@ class PostgresStore(Store):
             )
         return version
 
-    def _lock(self, db: Connection) -> None:
-        db.execute("SELECT pg_advisory_xact_lock(%s)", (WRITERS_LOCK,))
-
     def _begin(self, db: Connection) -> None:
-        db.execute("BEGIN")
-        self._lock(db)
+        db.execute(f"BEGIN; SELECT pg_advisory_xact_lock({WRITERS_LOCK})")  # in one message
 
     def _undo(self, db: Connection, error: BaseException) -> bool:
         with suppress(psycopg.Error):

@@ -1,7 +1,8 @@
 """The log of interactions and feedback: one queue, one writer thread, acknowledged means durable.
 
 1. Callers put records into one bounded queue and never wait for the disk.
-2. The writer takes up to 64 of them, or what came within 5 ms, redacts them and commits them together.
+2. The writer waits until there are 64 of them, or 5 ms, takes what there is by then, up to 512, redacts it and commits
+   it together.
 3. Feedback is acknowledged after the commit. The queue keeps the order, so feedback that follows its interaction
    finds it, whether or not that was written before.
 4. When the store fails, feedback is refused and interactions are lost and counted; each batch tries anew.
@@ -27,7 +28,8 @@ from serve.store import Record, Store, StoreError
 
 log = logging.getLogger(__name__)
 
-GROUP_ROWS = 64
+GROUP_ROWS = 64  # enough to commit at once
+MAX_ROWS = 512  # of one commit
 GROUP_SECONDS = 0.005
 RETRY_SECONDS = 5
 MEASURE_EVERY_SECONDS = 10
@@ -56,11 +58,6 @@ class _Write:
     record: Record
     size: int  # bytes, to bound the queue's memory
     reply: asyncio.Future[str] | None = None
-
-    def answer(self, result: str | PawlError) -> None:
-        if self.reply is not None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.reply.get_loop().call_soon_threadsafe(_settle, self.reply, result)
 
 
 @dataclass(eq=False)
@@ -149,7 +146,7 @@ class Records:
         with self._wake:
             self._wake.wait_for(lambda: self._queue or self._closing, max(0, self._expire_at - time.monotonic()))
             self._wake.wait_for(lambda: len(self._queue) >= GROUP_ROWS or self._closing, GROUP_SECONDS)
-            batch = [self._queue.popleft() for _ in range(min(GROUP_ROWS, len(self._queue)))]
+            batch = [self._queue.popleft() for _ in range(min(MAX_ROWS, len(self._queue)))]
             self.queue_bytes -= sum(write.size for write in batch)
             return batch
 
@@ -178,14 +175,16 @@ class Records:
                 log.warning("records are written again to %s", self.store.name)
             counts.failing = False
             counts.last_write = time.time()
+        answers = []
         for write, result in zip(batch, results, strict=True):
             stored = isinstance(result, str)
             if write.reply is not None:
                 counts.feedback += stored
+                answers.append((write.reply, result))
             else:
                 counts.interactions += stored
                 counts.lost += not stored
-            write.answer(result)
+        _answer(answers)
 
     def _redacted(self, write: _Write) -> bool:
         """Take personal data out of the record; what cannot be read through is not written at all."""
@@ -194,7 +193,8 @@ class Records:
         except Exception:
             log.exception("record %r cannot be redacted", write.record.id)
             self.counts.lost += write.reply is None
-            write.answer(InternalError("the feedback cannot be redacted, and so it is not stored"))
+            if write.reply is not None:
+                _answer([(write.reply, InternalError("the feedback cannot be redacted, and so it is not stored"))])
             return False
         return True
 
@@ -224,10 +224,18 @@ class Records:
         self.counts.failing = True
 
 
-def _settle(reply: asyncio.Future[str], result: str | PawlError) -> None:
-    if reply.done():  # the caller gave up; what was stored stays stored
-        return
-    if isinstance(result, str):
-        reply.set_result(result)
-    else:
-        reply.set_exception(result)
+def _answer(answers: list[tuple[asyncio.Future[str], str | PawlError]]) -> None:
+    """Settle futures, all of one loop, from another thread."""
+
+    def settle() -> None:
+        for reply, result in answers:
+            if reply.done():  # the caller gave up; what was stored stays stored
+                continue
+            if isinstance(result, str):
+                reply.set_result(result)
+            else:
+                reply.set_exception(result)
+
+    if answers:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            answers[0][0].get_loop().call_soon_threadsafe(settle)

@@ -249,7 +249,7 @@ class Service:
         if call.dryrun:
             return feedback.id
         feedback_id = await self.records.feedback(feedback)
-        self.metrics.feedback(call.metric_name, call.value)
+        self.metrics.feedback(feedback.metric_name, feedback.value)
         return feedback_id
 
     def _record(

@@ -153,8 +153,7 @@ class SqliteStore(Store):
         return f"{column} IN (SELECT value FROM json_each(?))"
 
     def _set(self, values: Iterable[str]) -> str:
-        found = list(values)
-        return json.dumps(found) if found else ""
+        return json.dumps(list(values))
 
     def _insert(self, db: sqlite3.Connection, columns: str, rows: Sequence[Row]) -> None:
         if rows:

@@ -95,13 +95,11 @@ class Store(ABC):
         Feedback that repeats an idempotency key gets the first one's id. Whatever is raised, nothing was written.
         """
         with self._transaction() as db:
-            given = [record for record in batch if isinstance(record, Feedback)]
             ids = {record.id if isinstance(record, Interaction) else record.inference_id for record in batch}
             interactions = {row[0] for row in self._find(db, "SELECT id FROM interactions WHERE {id}", ids)}
-            feedback = {row[0] for row in self._find(db, "SELECT id FROM feedback WHERE {id}", {f.id for f in given})}
-            keys = {f.idempotency_key for f in given if f.idempotency_key is not None}
-            found = self._find(db, "SELECT record FROM feedback WHERE {idempotency_key}", keys)
-            first = {f.idempotency_key: f for f in (records.decode(row[0], Feedback) for row in found)}
+            earlier = self._like(db, [record for record in batch if isinstance(record, Feedback)])
+            feedback = {record.id for record in earlier}
+            first = {record.idempotency_key: record for record in earlier if record.idempotency_key is not None}
             answers: list[str | PawlError] = []
             interaction_rows, feedback_rows = [], []
             for record in batch:
@@ -260,11 +258,18 @@ class Store(ABC):
             raise
 
     def _find(self, db: Any, query: str, values: Iterable[str]) -> list[Any]:
-        """The rows of a query with a condition `{column}`, which is "is among the values"."""
-        if not (wanted := self._set(values)):
-            return []
+        """The rows of a query that ends with a condition `{column}`, which is "is among the values"."""
         head, _, column = query.partition("{")
-        return list(self._run(db, head + self._among(column.rstrip("}")), (wanted,)).fetchall())
+        return list(self._run(db, head + self._among(column.rstrip("}")), (self._set(values),)).fetchall())
+
+    def _like(self, db: Any, given: list[Feedback]) -> list[Feedback]:
+        """The stored feedback that has an id or an idempotency key of these."""
+        if not given:
+            return []
+        query = f"SELECT record FROM feedback WHERE {self._among('id')} OR {self._among('idempotency_key')}"
+        keys = [record.idempotency_key for record in given if record.idempotency_key is not None]
+        rows = self._run(db, query, (self._set(record.id for record in given), self._set(keys))).fetchall()
+        return [records.decode(row[0], Feedback) for row in rows]
 
     def _owned(self, db: Any, subject: str) -> Erased:
         found = [[row[0] for row in self._run(db, query, (subject,)).fetchall()] for query in (_MINE, _SAID_OF_MINE)]

@@ -32,6 +32,7 @@ from serve import api, errors, http_limits
 from serve.grpc_api import CODES, NAME
 from serve.http_api import OPEN, HttpApi
 from serve.parsing import UNSUPPORTED
+from serve.records_command import parser as records_parser
 from serve.settings import Settings, flag
 from tests.serve.tiny import TEXT, Server, make_checkpoint, start_server, stop_server
 from train.__main__ import COMMANDS as TRAIN_COMMANDS
@@ -42,6 +43,7 @@ README = (ROOT / "README.md").read_text()
 SERVING = (ROOT / "docs/serving.md").read_text()
 COMPRESS = (ROOT / "docs/compress.md").read_text()
 TRAIN = (ROOT / "docs/train.md").read_text()
+RECORDS = (ROOT / "docs/records.md").read_text()
 DEPLOY = (ROOT / "docs/deploy.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 PAGES = {
@@ -50,6 +52,7 @@ PAGES = {
     "docs/compress.md": COMPRESS,
     "docs/train.md": TRAIN,
     "docs/deploy.md": DEPLOY,
+    "docs/records.md": RECORDS,
 }
 CALLS = {
     "Generation": (api.Generate, api.Generate),
@@ -100,6 +103,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 COMMANDS = {
     "compress": (COMPRESS, subcommands(compress_parser())),
     "train": (TRAIN, subcommands(train_parser(*TRAIN_COMMANDS))),
+    "serve records": (RECORDS, subcommands(records_parser())),
     "deploy": (DEPLOY, subcommands(deploy_parser(*DEPLOY_COMMANDS))),
 }
 
