@@ -22,6 +22,8 @@ COMMANDS = {
     "rollback": ("deploy.commands", "go back to the version before the current one"),
     "history": ("deploy.commands", "who moved what, when and why"),
     "snapshot": ("deploy.snapshot", "take feedback and what it judges out of the records, into Parquet"),
+    "dataset": ("deploy.dataset", "make examples of a snapshot's feedback"),
+    "retrain": ("deploy.retrain", "from feedback to a candidate on trial: go on with the cycle, or begin one"),
     "lineage": ("deploy.ancestry", "what a version was made from, down to what people said"),
     "verify": ("deploy.commands", "check versions' digests and signatures, and the pointers"),
 }

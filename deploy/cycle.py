@@ -21,6 +21,7 @@ import msgspec
 from compress.checkpoint import Checkpoint
 from deploy.artifact_target import ArtifactTarget
 from deploy.comparison import Verdict, compare, read_safety
+from deploy.dataset import make_dataset
 from deploy.examples import FRESH, JUDGE, LEARN, Counts, mix, read_lines
 from deploy.policy import Policy, command_line, read_policy
 from deploy.process import run
@@ -37,9 +38,6 @@ VERDICT = "verdict.json"
 RECORDS = "records"
 MODEL = "model"
 ARTIFACT = "artifact"
-
-# (snapshot, empty folder, held-out files) -> report: make chat.jsonl, pairs.jsonl and thumbs.jsonl, and their lineage.
-MakeDataset = Callable[[Path, Path, tuple[Path, ...]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +77,12 @@ class Cycle:
         folder: Path,
         registry: Registry,
         *,
-        make_dataset: MakeDataset,
         threads: int,
         lock: int,
         say: Callable[[str], None],
     ) -> None:
         self.folder = folder
         self._registry = registry
-        self._make_dataset = make_dataset
         self._threads = threads
         self._lock = lock
         self._say = say
@@ -109,7 +105,7 @@ class Cycle:
         dataset = self._stages.run(
             "dataset",
             {**taken.outputs, **begun.outputs},
-            lambda folder: self._make_dataset(taken.folder / RECORDS, folder, (begun.folder / HELD_OUT,)),
+            lambda folder: make_dataset(taken.folder / RECORDS, folder, policy.limits, (begun.folder / HELD_OUT,)),
             all_digests,
         )
         source = dataset.folder / f"{policy.shape}.jsonl"

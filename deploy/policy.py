@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +11,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from deploy.errors import DeployError
+from deploy.quarantine import Limits
+from train.flags import from_flags
 
 DEFAULT = Path(__file__).parent / "policy.toml"
 
@@ -41,10 +45,19 @@ class Policy(_Table, frozen=True):
     """Every field must be in the file: what a cycle may do is never a default that nobody wrote down."""
 
     feedback: Feedback
+    quarantine: Flags
     finetune: Flags
     quantize: Flags
     gate: Gate
     trial: Trial
+
+    @property
+    def limits(self) -> Limits:
+        """Raises DeployError or TrainError for a limit that there is not or that is out of range."""
+        default = {item.name: item.default for item in fields(Limits)}
+        if unknown := self.quarantine.keys() - default.keys():
+            raise DeployError(f"[quarantine] {sorted(unknown)[0]} is no limit; give some of {', '.join(default)}")
+        return from_flags(Limits, Namespace(**default | self.quarantine))
 
     @property
     def shape(self) -> Literal["chat", "pairs", "thumbs"]:
@@ -63,7 +76,7 @@ def read_policy(path: Path) -> Policy:
         policy = msgspec.toml.decode(path.read_bytes(), type=Policy)
     except msgspec.DecodeError as error:
         raise DeployError(f"{path}: {error}; compare {DEFAULT.name} in deploy/") from error
-    policy.shape  # noqa: B018  so that a wrong objective is told before anything is done
+    _ = policy.shape, policy.limits  # so that what is wrong with them is told before anything is done
     return policy
 
 

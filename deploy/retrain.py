@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.corpus import default_texts
-from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, MakeDataset, Start
+from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, Start
 from deploy.errors import DeployError
 from deploy.examples import FRESH
 from deploy.lock import exclusive
@@ -88,7 +88,7 @@ class Turn:
         write(self.folder / OUTCOME, Outcome(verdict=verdict, why=why, finished=utc_now(), **more))
 
 
-def retrain(options: Options, make_dataset: MakeDataset) -> int:
+def retrain(options: Options) -> int:
     """One cycle, or the rest of one; the exit status. Raises DeployError if another process is at it."""
     with exclusive(options.work / "lock", wait=False) as lock:
         registry = Registry(options.registry)
@@ -118,7 +118,6 @@ def retrain(options: Options, make_dataset: MakeDataset) -> int:
         cycle = Cycle(
             last.folder,
             registry,
-            make_dataset=make_dataset,
             threads=options.threads or cpu_quota()[0],
             lock=lock,
             say=say,
@@ -206,3 +205,6 @@ def began() -> str:
 
 def say(text: str) -> None:
     print(f"retrain: {text}", file=sys.stderr, flush=True)
+
+
+COMMANDS = {"retrain": (Options, retrain)}

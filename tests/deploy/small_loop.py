@@ -15,12 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from deploy.retrain import Options, retrain
-from deploy.snapshot import judgements
 from deploy.stages import Stages
-from proto import lineage
 from proto.records import Feedback, Interaction, utc_now
 from serve.store import open_store
 
@@ -32,6 +28,9 @@ POLICY = """
 least_examples = {least}
 judged_share = 0.3
 replay_share = 0.25
+
+[quarantine]
+anonymous = true
 
 [finetune]
 objective = "sft"
@@ -109,19 +108,6 @@ def make_records(path: Path, version: str, numbers: range) -> None:
     store.close()
 
 
-def make_dataset(source: Path, folder: Path, held_out: tuple[Path, ...]) -> dict[str, int]:
-    """Of corrections alone, all of them."""
-    lines = []
-    for entry in judgements(source):
-        messages = [*(entry.interaction.messages or []), {"role": "assistant", "content": entry.feedback.value}]
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    (folder / "chat.jsonl").write_text("".join(lines))
-    whole = lineage.read(source)
-    own = msgspec.structs.replace(whole, kind="dataset", created=utc_now(), inputs={"snapshot": whole.digest})
-    lineage.write(folder, own)
-    return {"kept": len(lines)}
-
-
 def make_policy(root: Path, *, least_examples: int = 8, **gate: float) -> None:
     """Numbers for a tiny model; keywords go to the gate."""
     limits = {"held_out_perplexity_ratio": 1.02, "feedback_gain": 0.0, "safety_regressions": 0, "safety_tokens": 4}
@@ -130,7 +116,7 @@ def make_policy(root: Path, *, least_examples: int = 8, **gate: float) -> None:
 
 
 def run_cycle(root: Path, **changes: Any) -> int:
-    return retrain(replace(options(root), **changes), make_dataset)
+    return retrain(replace(options(root), **changes))
 
 
 def digests(root: Path, cycle: str = "0001") -> dict[str, Any]:
