@@ -89,7 +89,7 @@ class Bench:
             runner,
             scheduler,
             self.tokenizer,
-            Metrics(self.manifest, "bench", choices),
+            Metrics("bench").engine(self.manifest, choices),
             discard,
             eos_token_ids=tuple(architecture.eos_token_ids),
             vocab_size=architecture.vocab_size,

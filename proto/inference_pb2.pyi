@@ -120,7 +120,9 @@ class CompletionRequest(_message.Message):
     STORE_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the served model; empty: the served one. Another name is refused with NOT_FOUND."""
+    """Name of the served model, which may be empty, or the digest of a version that is to answer, or its first 12
+    digits. Another name is refused with NOT_FOUND.
+    """
     max_tokens: _builtins.int
     """Tokens to generate per answer, at least 1, or 0 with `echo`; prompt and completion together must fit the context.
     Default 16.
@@ -379,7 +381,7 @@ class ChatRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the served model; empty: the served one."""
+    """As in `CompletionRequest`."""
     max_tokens: _builtins.int
     """Tokens to generate per answer, at least 1. Default: what the context has room for."""
     max_completion_tokens: _builtins.int
@@ -551,6 +553,7 @@ class AnswerChunk(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The inference id, the same in all chunks of a call. Feedback refers to it; to answer i > 0, by `ID:i`."""
     model: _builtins.str
@@ -563,6 +566,8 @@ class AnswerChunk(_message.Message):
     """Text to append; whole characters only. May be empty."""
     finish_reason: _builtins.str
     """In the last chunk of each answer: "stop" or "length"."""
+    system_fingerprint: _builtins.str
+    """The version that answers: the first 12 digits of its digest."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens of this step; for a slow reader, of several steps. The prompt's come first if it is echoed."""
@@ -587,10 +592,11 @@ class AnswerChunk(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         finish_reason: _builtins.str | None = ...,
         usage: Global___Usage | None = ...,
+        system_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "finish_reason", b"finish_reason", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "created", b"created", "finish_reason", b"finish_reason", "id", b"id", "index", b"index", "logprobs", b"logprobs", "model", b"model", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "created", b"created", "finish_reason", b"finish_reason", "id", b"id", "index", b"index", "logprobs", b"logprobs", "model", b"model", "system_fingerprint", b"system_fingerprint", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish_reason: _TypeAlias = _typing.Literal["finish_reason"]  # noqa: Y015
     _WhichOneofArgType__finish_reason: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason"]  # noqa: Y015
@@ -705,7 +711,7 @@ class EmbeddingRequest(_message.Message):
     INPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the served model; empty: the served one."""
+    """As in `CompletionRequest`."""
     user: _builtins.str
     """At most 256 characters."""
     @_builtins.property
@@ -802,7 +808,7 @@ class TokenizeRequest(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_STRS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the served model; empty: the served one."""
+    """As in `CompletionRequest`."""
     prompt: _builtins.str
     """The text. Either this or `messages`."""
     add_special_tokens: _builtins.bool
@@ -884,7 +890,7 @@ class DetokenizeRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the served model; empty: the served one."""
+    """As in `CompletionRequest`."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, each 0 to the vocabulary's size - 1."""
@@ -945,7 +951,7 @@ class ListModelsResponse(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """The served models; one, today."""
+        """The versions that answer: the current one, and the candidate if there is one."""
 
     def __init__(
         self,
@@ -972,8 +978,10 @@ class Model(_message.Message):
     RECIPE_FIELD_NUMBER: _builtins.int
     KV_CACHE_FIELD_NUMBER: _builtins.int
     GATE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The name that requests give as `model`."""
+    """What requests give as `model`: the model's name, for the candidate the first 12 digits of its digest."""
     created: _builtins.int
     """Unix time at which this server loaded it, in seconds."""
     owned_by: _builtins.str
@@ -986,6 +994,10 @@ class Model(_message.Message):
     """Name of the precision recipe, such as "w8a8"."""
     kv_cache: _builtins.str
     """Type of the KV cache: "fp32" or "int8"."""
+    role: _builtins.str
+    """"current", or "candidate" if it is on trial."""
+    share: _builtins.float
+    """Its part of the requests that name the model and no version, 0 to 1."""
     @_builtins.property
     def gate(self) -> Global___Gate:
         """The quality gate's verdict against the full-precision reference; absent if it was never judged."""
@@ -1001,10 +1013,12 @@ class Model(_message.Message):
         recipe: _builtins.str = ...,
         kv_cache: _builtins.str = ...,
         gate: Global___Gate | None = ...,
+        role: _builtins.str = ...,
+        share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "gate", b"gate", "id", b"id", "kv_cache", b"kv_cache", "max_model_len", b"max_model_len", "owned_by", b"owned_by", "recipe", b"recipe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "gate", b"gate", "id", b"id", "kv_cache", b"kv_cache", "max_model_len", b"max_model_len", "owned_by", b"owned_by", "recipe", b"recipe", "role", b"role", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""`python -m serve --model DIR`, and `python -m serve records COMMAND`."""
+"""`python -m serve --model DIR` or `--registry ROOT`, and `python -m serve records COMMAND`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from proto.manifest import ManifestError, load
+from proto.manifest import ManifestError
+from proto.registry import RegistryError
+from serve.registry import load_first
 from serve.settings import parse_settings
 
 
@@ -21,15 +23,15 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with ThreadPoolExecutor(1) as pool:
         # Checking the digests and importing the rest take half a second each; hashing needs no interpreter lock.
-        verified = pool.submit(load, settings.model)
+        verified = pool.submit(load_first, settings)
         import uvloop
 
         from serve.choices import SettingsError
         from serve.server import run
         from serve.store import StoreError
     try:
-        return uvloop.run(run(settings, verified.result(), began))
-    except (ManifestError, SettingsError, StoreError, OSError) as error:
+        return uvloop.run(run(settings, *verified.result(), began))
+    except (ManifestError, RegistryError, SettingsError, StoreError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from serve.channel import AsyncChannel, Bell, merge
 from serve.request import Chunk, FinishReason, Request, Usage
+
+if TYPE_CHECKING:
+    from serve.version import Version
 
 Ended = Callable[["Answer", int], None]
 
@@ -23,6 +27,7 @@ class Answer:
         self,
         id: str,
         model: str,
+        version: Version,
         requests: list[Request],
         bell: Bell,
         n: int,
@@ -31,6 +36,7 @@ class Answer:
     ) -> None:
         self.id = id
         self.model = model
+        self.version = version
         self.created = int(time.time())
         self.requests = requests
         self.texts: list[list[str]] = [[] for _ in requests]

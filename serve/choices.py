@@ -48,8 +48,15 @@ class Choices:
         return self.num_blocks * self.block.bytes
 
 
-def choose(settings: Settings, manifest: Manifest, form: Form) -> Choices:
-    """Fill in what the settings leave open. Raises SettingsError."""
+def kv_budget(settings: Settings) -> int:
+    """Bytes of one version's KV cache. With a registry two versions are served at once, each from half the budget."""
+    versions = 1 if settings.registry is None else 2
+    whole = settings.kv_budget_mib * MIB or min(available_bytes() // KV_SHARE_OF_FREE, versions * MAX_KV_MIB * MIB)
+    return whole // versions
+
+
+def choose(settings: Settings, manifest: Manifest, form: Form, budget: int) -> Choices:
+    """Fill in what the settings leave open; `budget`: bytes of the KV cache. Raises SettingsError."""
     threads, threads_why = (settings.threads, "--threads") if settings.threads else cpu_quota()
     model_context = manifest.architecture.max_context
     if settings.max_context > model_context:
@@ -59,7 +66,6 @@ def choose(settings: Settings, manifest: Manifest, form: Form) -> Choices:
     max_context = settings.max_context or min(model_context, MAX_CONTEXT)
     block = form.block(manifest, max_context)
     per_request = -(-max_context // block.tokens)  # blocks
-    budget = settings.kv_budget_mib * MIB or min(available_bytes() // KV_SHARE_OF_FREE, MAX_KV_MIB * MIB)
     fitting = budget // block.bytes
     num_slots = settings.slots or max(1, min(fitting, MAX_SLOTS))
     needed = per_request * (1 if form.shares else num_slots)

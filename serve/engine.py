@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from serve.engine_metrics import EngineMetrics
 from serve.errors import Draining, InternalError, InvalidRequest, Overloaded, TimedOut
 from serve.generation import Generation
-from serve.metrics import Metrics
 from serve.plan import Floats, Output, Runner, Segment
 from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
 from serve.sampler import prompt_logprobs
@@ -37,7 +37,7 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         tokenizer: Tokenizer,
-        metrics: Metrics,
+        metrics: EngineMetrics,
         deliver: Deliver,
         *,
         eos_token_ids: tuple[int, ...],

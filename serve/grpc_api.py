@@ -151,10 +151,8 @@ class GrpcApi:
     async def tokenize(self, data: bytes, context: Context, request_id: str) -> Message:
         fields = fields_of(decode(pb.TokenizeRequest, data))
         fields["messages"] = fields["messages"] or None  # protobuf cannot tell an empty list from none
-        tokens, strs = await self.service.tokenize(parse(TokenizeRequest, fields))
-        return pb.TokenizeResponse(
-            tokens=tokens, count=len(tokens), max_model_len=self.service.max_context, token_strs=strs or ()
-        )
+        tokens, strs, max_context = await self.service.tokenize(parse(TokenizeRequest, fields))
+        return pb.TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=max_context, token_strs=strs or ())
 
     async def detokenize(self, data: bytes, context: Context, request_id: str) -> Message:
         call = parse(DetokenizeRequest, fields_of(decode(pb.DetokenizeRequest, data)))
@@ -172,7 +170,7 @@ class GrpcApi:
     async def _stream(self, context: Context, answer: Answer) -> None:
         with answer:  # leaving cancels: grpc cancels this task when the client leaves or its deadline passes
             async for index, chunk in answer:
-                work = partial(chunk_message, answer, index, chunk, self.service.tokenizer)
+                work = partial(chunk_message, answer, index, chunk)
                 await context.write(await self.service.offload(chunk.num_named, work))
 
 

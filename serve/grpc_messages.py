@@ -13,7 +13,6 @@ from proto import inference_pb2 as pb
 from serve.answer import Answer
 from serve.errors import InvalidRequest
 from serve.request import Chunk, Usage
-from serve.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=Message)
 
@@ -60,7 +59,7 @@ def join_inputs(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return fields | {name: token_ids or fields[name]}
 
 
-def chunk_message(answer: Answer, index: int, chunk: Chunk, tokenizer: Tokenizer) -> pb.AnswerChunk:
+def chunk_message(answer: Answer, index: int, chunk: Chunk) -> pb.AnswerChunk:
     """One step of one answer; the call's last one has the usage."""
     message = pb.AnswerChunk(
         id=answer.id,
@@ -71,8 +70,9 @@ def chunk_message(answer: Answer, index: int, chunk: Chunk, tokenizer: Tokenizer
         token_ids=chunk.token_ids,
         finish_reason=chunk.finish_reason,
         usage=usage_message(answer.usage) if answer.done else None,
+        system_fingerprint=answer.version.name,
     )
-    spell = tokenizer.token_text
+    spell = answer.version.tokenizer.token_text
     for entry in chunk.logprobs:
         top = [pb.TopLogprob(token_id=id, token=spell(id), logprob=logprob) for id, logprob in entry.top]
         token = spell(entry.token_id)

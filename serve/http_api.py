@@ -28,6 +28,7 @@ from serve.api import (
 from serve.auth import KeyCheck, check_request_id
 from serve.errors import Draining, InternalError, NotFound, PawlError
 from serve.http_limits import SERVER, GuardedServer, MethodNotAllowed, read_json, refuse
+from serve.metrics import version_name
 from serve.openai_json import Events, usage_json, whole_json
 from serve.parsing import show
 from serve.service import Service
@@ -130,10 +131,10 @@ class HttpApi:
         with answer:  # leaving cancels: aiohttp cancels this task when the client leaves
             if not call.stream:
                 chunks = await answer.fold()
-                work = partial(whole_json, answer, chunks, self.service.tokenizer, chat=chat)
+                work = partial(whole_json, answer, chunks, chat=chat)
                 return _json_bytes(await self.service.offload(sum(chunk.num_named for chunk in chunks), work))
             include_usage = call.stream_options is not None and call.stream_options.include_usage
-            events = Events(answer, self.service.tokenizer, chat=chat, include_usage=include_usage)
+            events = Events(answer, chat=chat, include_usage=include_usage)
             stream = await EventStream.open(request, {"X-Request-Id": request_id} if request_id else {})
             try:
                 async for index, chunk in answer:
@@ -163,8 +164,8 @@ class HttpApi:
 
     async def tokenize(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         call = parse(TokenizeRequest, await read_json(request, self.settings))
-        tokens, strs = await self.service.tokenize(call)
-        body = {"tokens": tokens, "count": len(tokens), "max_model_len": self.service.max_context}
+        tokens, strs, max_context = await self.service.tokenize(call)
+        body = {"tokens": tokens, "count": len(tokens), "max_model_len": max_context}
         return _json(body if strs is None else body | {"token_strs": strs})
 
     async def detokenize(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
@@ -182,7 +183,7 @@ class HttpApi:
     async def model(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         name = unquote(request.path.removeprefix(MODEL_PREFIX))
         for model in self.service.models():
-            if model["id"] == name:
+            if name in (model["id"], model["digest"], version_name(model["digest"])):
                 return _json({"object": "model"} | model)
         raise NotFound(f"model {show(name)} is not served here; this server serves {self.service.model!r}")
 

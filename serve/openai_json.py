@@ -38,9 +38,9 @@ class Offsets:
 class Spelling:
     """How log-probabilities are written: completions and chat differ. Knows each answer's length so far."""
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, *, chat: bool) -> None:
+    def __init__(self, answer: Answer, *, chat: bool) -> None:
         self._answer = answer
-        self._tokenizer = tokenizer
+        self._tokenizer = answer.version.tokenizer
         self._chat = chat
         self._offsets: dict[int, Offsets] = {}
 
@@ -85,9 +85,9 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-def whole_json(answer: Answer, chunks: list[Chunk], tokenizer: Tokenizer, *, chat: bool) -> bytes:
+def whole_json(answer: Answer, chunks: list[Chunk], *, chat: bool) -> bytes:
     """The body of an answer that is not streamed."""
-    spelling = Spelling(answer, tokenizer, chat=chat)
+    spelling = Spelling(answer, chat=chat)
     choices = [
         {
             "index": index,
@@ -104,11 +104,11 @@ def whole_json(answer: Answer, chunks: list[Chunk], tokenizer: Tokenizer, *, cha
 class Events:
     """One stream's events. The hot path only escapes the text between two constants."""
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, *, chat: bool, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, *, chat: bool, include_usage: bool) -> None:
         self._answer = answer
         self._chat = chat
         self._include_usage = include_usage
-        self._spelling = Spelling(answer, tokenizer, chat=chat)
+        self._spelling = Spelling(answer, chat=chat)
         self._envelope = _envelope(answer, "chat.completion.chunk" if chat else "text_completion")
         opening = b"data: " + encode(self._envelope)[:-1]
         self._last = b',"usage":null}\n\n' if include_usage else b"}\n\n"
@@ -150,4 +150,10 @@ class Events:
 
 
 def _envelope(answer: Answer, kind: str) -> dict[str, Any]:
-    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
+    return {
+        "id": answer.id,
+        "object": kind,
+        "created": answer.created,
+        "model": answer.model,
+        "system_fingerprint": answer.version.name,
+    }

@@ -1,7 +1,7 @@
 """What the server does, without a protocol: the adapters only translate. A call's life:
 
-1 check the model's name; 2 render the chat template and tokenize; 3 check against the context; 4 submit to the engine,
-all sequences of the call or none; 5 hand out the stream; 6 record the interaction when it ends.
+1 find the version that answers; 2 render the chat template and tokenize; 3 check against the context; 4 submit to the
+version's engine, all sequences of the call or none; 5 hand out the stream; 6 record the interaction when it ends.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from proto import records as contract
-from proto.manifest import Manifest
 from proto.records import Feedback, Interaction
+from proto.registry import ROLES
 from serve.answer import Answer
 from serve.api import (
     ChatRequest,
@@ -32,15 +32,15 @@ from serve.api import (
     to_params,
 )
 from serve.channel import AsyncChannel, Bell
-from serve.errors import InvalidRequest, NotFound
+from serve.errors import InvalidRequest
 from serve.request import Request, SamplingParams
+from serve.version import Version, asked_of
 
 if TYPE_CHECKING:
-    from serve.engine import Engine
     from serve.metrics import Metrics
     from serve.records import Records
     from serve.settings import Settings
-    from serve.tokenizer import Tokenizer
+    from serve.versions import Versions
 
 LONG_TEXT = 2048  # characters, or tokens: above, tokenizing would hold up the event loop for milliseconds
 Endpoint = Literal["completion", "chat", "embedding"]
@@ -48,37 +48,33 @@ Submitted = CompletionRequest | ChatRequest | EmbeddingRequest
 T = TypeVar("T")
 
 
-class Service:
-    """Lives on the event loop. `max_context` is what the engine can hold per request, in tokens."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a client asked, as it is recorded. `prefix` begins its id; `content`: its messages or its texts."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        records: Records,
-        metrics: Metrics,
-        manifest: Manifest,
-        settings: Settings,
-        *,
-        max_context: int,
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
+    endpoint: Endpoint
+    prefix: str
+    call: Submitted
+    content: list[Any]
+    request_id: str
+    arrival: float
+
+
+class Service:
+    """Lives on the event loop."""
+
+    def __init__(self, versions: Versions, records: Records, metrics: Metrics, settings: Settings) -> None:
+        self.versions = versions
         self.records = records
         self.metrics = metrics
-        self.manifest = manifest
         self.settings = settings
-        self.max_context = max_context
-        self.model = settings.model_name or manifest.name
-        self.vocab_size = manifest.architecture.vocab_size
-        self.started = int(time.time())
-        self.digest = manifest.digest
+        self.model = versions.name
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pawl-tokenize")
 
     @property
     def draining(self) -> bool:
         """True once nothing new is accepted."""
-        return self.engine.draining
+        return self.versions.draining
 
     def close(self) -> None:
         """Give back the tokenizing thread."""
@@ -89,108 +85,110 @@ class Service:
     async def complete(self, call: CompletionRequest, request_id: str = "") -> Answer:
         """Start the answers to a completion. Raises InvalidRequest, NotFound, Overloaded or Draining."""
         arrival = time.monotonic()
-        self._check_model(call.model)
         texts = split_inputs(call.prompt, "prompt")
-        prompts = [await self._to_tokens(text, "prompt") for text in texts]
-        params = [self._params(call, prompt, "prompt") for prompt in prompts]
-        content = [text if isinstance(text, str) else None for text in texts]
-        given = zip(content, prompts, strict=True)
-        echoes = [await self._to_text(text, prompt) for text, prompt in given] if call.echo else None
-        return self._submit(
-            "completion", "cmpl", prompts, params, arrival, request_id, call=call, content=content, echoes=echoes
-        )
+        with self.versions.route(call.model, call.user or request_id or f"{texts[0]}") as version:
+            prompts = [await self._to_tokens(version, text, "prompt") for text in texts]
+            params = [self._params(version, call, prompt, "prompt") for prompt in prompts]
+            content = [text if isinstance(text, str) else None for text in texts]
+            given = zip(content, prompts, strict=True)
+            echoes = [await self._to_text(version, text, prompt) for text, prompt in given] if call.echo else None
+            told = _Call("completion", "cmpl", call, content, request_id, arrival)
+            return self._submit(version, told, prompts, params, echoes)
 
     async def chat(self, call: ChatRequest, request_id: str = "") -> Answer:
         """Start the answers to a conversation. Raises as `complete`."""
         arrival = time.monotonic()
-        self._check_model(call.model)
         messages = [message.plain() for message in call.messages]
-        prompt = await self._render(messages)
-        params = [self._params(call, prompt, "messages")]
-        return self._submit("chat", "chatcmpl", [prompt], params, arrival, request_id, call=call, content=messages)
+        with self.versions.route(call.model, call.user or request_id or _opening(messages)) as version:
+            prompt = await self._render(version, messages)
+            params = [self._params(version, call, prompt, "messages")]
+            told = _Call("chat", "chatcmpl", call, messages, request_id, arrival)
+            return self._submit(version, told, [prompt], params)
 
     async def embed(self, call: EmbeddingRequest, request_id: str = "") -> Answer:
         """Start the embeddings of the inputs; each answer's only chunk has an `embedding`. Raises as `complete`."""
         arrival = time.monotonic()
-        self._check_model(call.model)
         texts = split_inputs(call.input, "input")
-        prompts = [await self._to_tokens(text, "input") for text in texts]
-        for prompt in prompts:
-            self._check_length(prompt, "input", room=0)
-        params = [SamplingParams(max_tokens=1)] * len(prompts)
-        content = [text if isinstance(text, str) else None for text in texts]
-        return self._submit("embedding", "embd", prompts, params, arrival, request_id, call=call, content=content)
+        with self.versions.route(call.model, call.user or request_id or f"{texts[0]}") as version:
+            prompts = [await self._to_tokens(version, text, "input") for text in texts]
+            for prompt in prompts:
+                version.check_length(prompt, "input", room=0)
+            params = [SamplingParams(max_tokens=1)] * len(prompts)
+            content = [text if isinstance(text, str) else None for text in texts]
+            told = _Call("embedding", "embd", call, content, request_id, arrival)
+            return self._submit(version, told, prompts, params)
 
     def _submit(
         self,
-        endpoint: Endpoint,
-        prefix: str,
+        version: Version,
+        told: _Call,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        arrival: float,
-        request_id: str,
-        *,
-        call: Submitted,
-        content: list[Any],
         echoes: list[str] | None = None,
     ) -> Answer:
-        n = call.n if isinstance(call, Generate) else 1
-        id, bell = contract.new_id(prefix), Bell()
+        n = told.call.n if isinstance(told.call, Generate) else 1
+        id, bell = version.new_id(told.prefix), Bell()
         requests = [
             Request(
                 id=id if index == 0 else f"{id}:{index}",
                 prompt=prompts[index // n],
                 params=_nth_copy(params[index // n], index % n),
                 channel=AsyncChannel(bell),
-                embed=endpoint == "embedding",
-                arrival=arrival,
+                embed=told.endpoint == "embedding",
+                arrival=told.arrival,
             )
             for index in range(n * len(prompts))
         ]
-        self.engine.submit(*requests)
+        version.engine.submit(*requests)
+        for _ in requests:
+            version.hold()
 
         def ended(answer: Answer, index: int) -> None:
-            self._record(answer, index, endpoint, request_id or id, call, content)
+            version.release()
+            self._record(answer, index, told)
 
-        return Answer(id, self.model, requests, bell, n, ended, echoes)
+        return Answer(id, self.model, version, requests, bell, n, ended, echoes)
 
-    def _params(self, call: Generate, prompt: list[int], param: str) -> SamplingParams:
-        self._check_length(prompt, param, room=0 if call.max_tokens == 0 else 1)
-        return to_params(call, self.max_context - len(prompt), self.vocab_size)
+    def _params(self, version: Version, call: Generate, prompt: list[int], param: str) -> SamplingParams:
+        version.check_length(prompt, param, room=0 if call.max_tokens == 0 else 1)
+        return to_params(call, version.max_context - len(prompt), version.vocab_size)
 
     # -- text and tokens ----------------------------------------------------------------------------------------
 
-    async def tokenize(self, call: TokenizeRequest) -> tuple[list[int], list[str] | None]:
-        """The token ids, and their texts if asked for."""
-        self._check_model(call.model)
-        if call.messages is not None:
-            tokens = await self._render([message.plain() for message in call.messages])
-        else:
-            text, special = call.prompt or "", call.add_special_tokens
-            tokens = await self.offload(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=special))
-        if not call.return_token_strs:
-            return tokens, None
-        return tokens, await self.offload(len(tokens), lambda: [self.tokenizer.token_text(id) for id in tokens])
+    async def tokenize(self, call: TokenizeRequest) -> tuple[list[int], list[str] | None, int]:
+        """The token ids, their texts if asked for, and the most tokens that a request may have."""
+        with self.versions.route(call.model) as version:
+            tokenizer = version.tokenizer
+            if call.messages is not None:
+                tokens = await self._render(version, [message.plain() for message in call.messages])
+            else:
+                text, special = call.prompt or "", call.add_special_tokens
+                tokens = await self.offload(len(text), lambda: tokenizer.encode(text, add_special_tokens=special))
+            if not call.return_token_strs:
+                return tokens, None, version.max_context
+            strs = await self.offload(len(tokens), lambda: [tokenizer.token_text(id) for id in tokens])
+            return tokens, strs, version.max_context
 
     async def detokenize(self, call: DetokenizeRequest) -> str:
-        self._check_model(call.model)
-        check_token_ids(call.tokens, self.vocab_size, "tokens")
-        return await self.offload(len(call.tokens), lambda: self.tokenizer.decode(call.tokens))
+        with self.versions.route(call.model) as version:
+            check_token_ids(call.tokens, version.vocab_size, "tokens")
+            return await self.offload(len(call.tokens), lambda: version.tokenizer.decode(call.tokens))
 
-    async def _to_tokens(self, text: str | list[int], param: str) -> list[int]:
+    async def _to_tokens(self, version: Version, text: str | list[int], param: str) -> list[int]:
         if isinstance(text, list):
-            check_token_ids(text, self.vocab_size, param)
+            check_token_ids(text, version.vocab_size, param)
             return text
-        return await self.offload(len(text), lambda: self.tokenizer.encode(text))
+        return await self.offload(len(text), lambda: version.tokenizer.encode(text))
 
-    async def _to_text(self, text: str | None, prompt: list[int]) -> str:
-        return await self.offload(len(prompt), lambda: self.tokenizer.spell(prompt)) if text is None else text
+    async def _to_text(self, version: Version, text: str | None, prompt: list[int]) -> str:
+        return await self.offload(len(prompt), lambda: version.tokenizer.spell(prompt)) if text is None else text
 
-    async def _render(self, messages: list[dict[str, str]]) -> list[int]:
+    async def _render(self, version: Version, messages: list[dict[str, str]]) -> list[int]:
         """A conversation's tokens. A template spells out its special tokens, so none are added."""
+        tokenizer = version.tokenizer
 
         def work() -> list[int]:
-            return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special_tokens=False)
+            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
 
         return await self.offload(sum(len(message["content"]) for message in messages), work)
 
@@ -200,36 +198,31 @@ class Service:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _check_length(self, prompt: list[int], param: str, *, room: int) -> None:
-        if not prompt:
-            raise InvalidRequest(f"{param} is empty; give at least one token", param=param)
-        if len(prompt) + room > self.max_context:
-            raise InvalidRequest(
-                f"{param} has {len(prompt)} tokens and the context is {self.max_context}, prompt and completion "
-                "together; shorten it",
-                param=param,
-            )
-
-    def _check_model(self, name: str) -> None:
-        if name not in ("", self.model):
-            raise NotFound(f"model {name!r} is not served here; this server serves {self.model!r}", param="model")
-
     # -- models and records -------------------------------------------------------------------------------------
 
     def models(self) -> list[dict[str, Any]]:
-        """What is served, with the figures of its quality gate: field for field the message `Model`."""
-        model: dict[str, Any] = {
-            "id": self.model,
-            "created": self.started,
-            "owned_by": "pawl",
-            "max_model_len": self.max_context,
-            "digest": self.digest,
-            "recipe": self.manifest.recipe.name,
-            "kv_cache": self.manifest.kv_cache,
-        }
-        if self.manifest.gate is not None:
-            model["gate"] = msgspec.to_builtins(self.manifest.gate)
-        return [model]
+        """The versions that answer, the current one first, with the figures of their quality gates.
+
+        Field for field the message `Model`. The current one goes by the model's name, which requests of the candidate
+        share too; `digest`, or its first 12 digits, names each alone.
+        """
+        found = []
+        for version, role in zip(self.versions.live, ROLES, strict=False):
+            model: dict[str, Any] = {
+                "id": self.model if role == "current" else version.name,
+                "created": version.loaded,
+                "owned_by": "pawl",
+                "max_model_len": version.max_context,
+                "digest": version.digest,
+                "recipe": version.manifest.recipe.name,
+                "kv_cache": version.manifest.kv_cache,
+                "role": role,
+                "share": self.versions.shares[version.digest],
+            }
+            if version.manifest.gate is not None:
+                model["gate"] = msgspec.to_builtins(version.manifest.gate)
+            found.append(model)
+        return found
 
     async def feedback(self, call: FeedbackRequest, idempotency_key: str | None = None) -> str:
         """Store a judgement; returns its id once it is durable. Raises NotFound or Unavailable."""
@@ -249,24 +242,23 @@ class Service:
         if call.dryrun:
             return feedback.id
         feedback_id = await self.records.feedback(feedback)
-        self.metrics.feedback(feedback.metric_name, feedback.value)
+        self.metrics.feedback(feedback.metric_name, feedback.value, asked_of(feedback.inference_id))
         return feedback_id
 
-    def _record(
-        self, answer: Answer, index: int, endpoint: Endpoint, request_id: str, call: Submitted, content: list[Any]
-    ) -> None:
+    def _record(self, answer: Answer, index: int, told: _Call) -> None:
         """Hand the interaction to the records, before its last chunk goes out, so that feedback finds it."""
+        call = told.call
         request, usage = answer.requests[index], answer.usage_of(index)
         params: dict[str, Any] = {} if request.embed else msgspec.to_builtins(request.params)
         if isinstance(call, Generate) and call.metadata:
             params["metadata"] = call.metadata
         kept: dict[str, Any] = {}
         if self.settings.log_content and getattr(call, "store", None) is not False:
-            if endpoint == "chat":
-                kept["messages"] = content
+            if told.endpoint == "chat":
+                kept["messages"] = told.content
             else:
-                text = content[index // answer.n]
-                kept["prompt"] = self.tokenizer.decode(request.prompt) if text is None else text
+                text = told.content[index // answer.n]
+                kept["prompt"] = answer.version.tokenizer.decode(request.prompt) if text is None else text
             if not request.embed:
                 kept["completion"] = "".join(answer.texts[index])
         else:
@@ -275,8 +267,8 @@ class Service:
             id=request.id,
             created=contract.utc_now(),
             model=self.model,
-            model_digest=self.digest,
-            endpoint=endpoint,
+            model_digest=answer.version.digest,
+            endpoint=told.endpoint,
             params=params,
             prompt_tokens=usage.prompt,
             completion_tokens=usage.completion,
@@ -285,10 +277,16 @@ class Service:
             duration_seconds=time.monotonic() - request.arrival,
             finish_reason=answer.reasons[index],
             subject=call.user,
-            request_id=request_id,
+            request_id=told.request_id or answer.id,
             **kept,
         )
         self.records.interaction(interaction)
+
+
+def _opening(messages: list[dict[str, str]]) -> str:
+    """What a conversation began with, up to the user's first message: the same in all its turns."""
+    roles = [message["role"] for message in messages]
+    return f"{messages[: roles.index('user') + 1 if 'user' in roles else 1]}"
 
 
 def _nth_copy(params: SamplingParams, copy: int) -> SamplingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    model: Path = field(metadata={"help": "artifact directory to serve", "parse": Path})
+    model: Path | None = field(
+        default=None, metadata={"help": "artifact directory to serve; either this or --registry", "parse": Path}
+    )
+    registry: Path | None = field(
+        default=None,
+        metadata={"help": "registry whose current version and candidate to serve and to follow", "parse": Path},
+    )
     model_name: str = setting("", "name shown to clients (default: the manifest's)")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     http_port: int = setting(8000, "HTTP port; 0 picks a free one", most=65535)
@@ -52,7 +58,11 @@ class Settings:
         choices=("auto", "native", "stock"),
     )
     slots: int = setting(0, "requests that run together; 0: as many as the KV budget holds, at most 32")
-    kv_budget_mib: int = setting(0, "memory of the KV cache in MiB; 0: a quarter of free memory, at most 1024")
+    kv_budget_mib: int = setting(
+        0,
+        "memory of the KV cache in MiB, with --registry half for each of two versions; 0: a quarter of free memory, at "
+        "most 1024 for a version",
+    )
     max_context: int = setting(0, "tokens per request, prompt and completion; 0: the model's, at most 2048")
     prefill_chunk: int = setting(0, "prompt tokens computed in a step; 0: 512 natively, 128 with stock operators")
     itl_limit: float = setting(
@@ -92,10 +102,8 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         parse, text = item.metadata["parse"], item.metadata["help"]
         if parse is bool:
             parser.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
-        elif item.default is MISSING:
-            parser.add_argument(flag(item.name), type=parse, required=True, help=text)
         else:
-            shown = "" if item.default == "" else " (default: %(default)s)"
+            shown = "" if item.default in ("", None) else " (default: %(default)s)"
             choices = item.metadata.get("choices")
             parser.add_argument(flag(item.name), type=parse, default=item.default, choices=choices, help=text + shown)
 
@@ -123,4 +131,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         epilog="`python -m serve records --help` shows what can be done with the records.",
     )
     add_flags(parser, *(item.name for item in fields(Settings)))
-    return Settings(**vars(parse_flags(parser, argv)))
+    args = parse_flags(parser, argv)
+    if (args.model is None) == (args.registry is None):
+        parser.error("give one of --model DIR and --registry ROOT")
+    return Settings(**vars(args))

@@ -62,7 +62,7 @@ def make_engine(artifact: Path, manifest: Manifest, make_runner: Callable[[], Ru
             runner or make_runner(),
             scheduler,
             Tokenizer(artifact),
-            Metrics(manifest, "tiny", choices),
+            Metrics("tiny").engine(manifest, choices),
             deliver,
             eos_token_ids=tuple(manifest.architecture.eos_token_ids),
             vocab_size=manifest.architecture.vocab_size,

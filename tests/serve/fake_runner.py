@@ -146,7 +146,7 @@ def make_engine(
         runner,
         scheduler,
         tokenizer,
-        Metrics(manifest(), "fake", choices),
+        Metrics("fake").engine(manifest(), choices),
         deliver,
         eos_token_ids=(EOS,),
         vocab_size=runner.vocab_size,

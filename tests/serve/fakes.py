@@ -21,6 +21,8 @@ from serve.http_api import HttpServer, start_http
 from serve.request import Chunk, Request, TokenLogprob
 from serve.service import Service
 from serve.settings import Settings
+from serve.version import Version
+from serve.versions import Versions
 
 CONTEXT = 4096
 VOCABULARY = 256
@@ -167,13 +169,17 @@ class FakeRecords:
 @dataclass
 class FakeMetrics:
     counted: list[tuple[str, str, int]] = field(default_factory=list)
-    feedbacks: list[tuple[str, bool | float | str]] = field(default_factory=list)
+    feedbacks: list[tuple[str, bool | float | str, str]] = field(default_factory=list)
+    shares: list[dict[str, float]] = field(default_factory=list)
 
     def http(self, handler: str, method: str, status: int) -> None:
         self.counted.append((handler, method, status))
 
-    def feedback(self, metric_name: str, value: bool | float | str) -> None:
-        self.feedbacks.append((metric_name, value))
+    def feedback(self, metric_name: str, value: bool | float | str, version: str) -> None:
+        self.feedbacks.append((metric_name, value, version))
+
+    def roles(self, shares: dict[str, float]) -> None:
+        self.shares.append(shares)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         return b"# EOF\n", "text/plain; version=0.0.4; charset=utf-8"
@@ -226,10 +232,13 @@ class Rig:
 @asynccontextmanager
 async def serving(engine: FakeEngine | None = None, records: Any = None, **options: Any) -> AsyncIterator[Rig]:
     settings = Settings(model=Path("unused"), http_port=0, grpc_port=0, **({"drain_seconds": 5.0} | options))
-    engine, records, metrics = engine or FakeEngine(), records or FakeRecords(), FakeMetrics()
+    engine = engine or FakeEngine()
+    records = records or FakeRecords()
+    metrics: Any = FakeMetrics()
     tokenizer: Any = FakeTokenizer()
-    parts: list[Any] = [engine, tokenizer, records, metrics]
-    service = Service(*parts, manifest(), settings, max_context=CONTEXT)
+    version = Version(manifest(), tokenizer, CONTEXT, lambda: engine)
+    versions = Versions(settings.model_name or "echo", version, metrics, settings.drain_seconds)
+    service = Service(versions, records, metrics, settings)
     http, grpc = await start_http(service, settings), await start_grpc(service, settings)
     try:
         yield Rig(service, settings, engine, records, metrics, http, grpc)

@@ -11,7 +11,7 @@ import pytest
 from proto.manifest import NATIVE_GRAPH, FileEntry, Manifest
 from serve import forms
 from serve.block_cache import BLOCK
-from serve.choices import Choices, SettingsError, choose
+from serve.choices import Choices, SettingsError, choose, kv_budget
 from serve.native import NativeUnavailable
 from serve.native_runner import block_shape
 from serve.settings import Settings
@@ -60,7 +60,7 @@ def test_a_machine_without_a_compiler() -> None:
 
 def chosen(wanted: str, **options: Any) -> Choices:
     settings = Settings(model=Path("x"), max_context=CONTEXT, **options)
-    return choose(settings, native_manifest(), forms.pick(wanted, native_manifest()))
+    return choose(settings, native_manifest(), forms.pick(wanted, native_manifest()), kv_budget(settings))
 
 
 @pytest.mark.usefixtures("built")
@@ -82,4 +82,4 @@ def test_a_budget_too_small_for_one_request_is_refused() -> None:
     )
     settings = Settings(model=Path("x"), max_context=CONTEXT, kv_budget_mib=1)
     with pytest.raises(SettingsError, match=r"1 slots of 1000 tokens need \d+ MiB .* larger --kv-budget-mib"):
-        choose(settings, big, forms.pick("native", big))
+        choose(settings, big, forms.pick("native", big), kv_budget(settings))

@@ -752,7 +752,8 @@ def test_an_event_without_news_is_none() -> None:
     async def main() -> None:
         async with serving() as rig:
             call: Any = type("Answer", (), {"id": "i", "created": 1, "model": "m", "requests": [None]})()
-            events = Events(call, rig.service.tokenizer, chat=True, include_usage=False)
+            call.version = rig.service.versions.current
+            events = Events(call, chat=True, include_usage=False)
             assert events.of(0, Chunk(token_ids=[1])) == b""
 
     run(main)

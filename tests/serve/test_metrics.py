@@ -14,8 +14,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from proto.manifest import Architecture, Lineage, Manifest, Precision, Recipe
+from proto.records import utc_now
+from proto.registry import Movement
 from serve.choices import Block, Choices
-from serve.metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, Metrics
+from serve.engine_metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, EngineMetrics
+from serve.metrics import Metrics
 from serve.records import Records
 from serve.records_metrics import RecordsCollector
 from serve.request import FinishReason, Request, SamplingParams
@@ -23,7 +26,7 @@ from serve.store import open_store
 from tests.serve.stores import during, feedback, interaction
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-COMMON = {"model_name", "engine"}
+COMMON = {"model_name", "engine"}  # of all; counters and histograms have `version` too
 
 # vLLM's names, as its dashboards, llm-d's router and the usual KEDA triggers query them.
 VLLM = {
@@ -60,9 +63,9 @@ VLLM = {
 }
 
 
-@pytest.fixture
-def metrics() -> Metrics:
-    manifest = Manifest(
+def manifest(checkpoint: str = "0") -> Manifest:
+    """Of another version for another checkpoint."""
+    return Manifest(
         format_version=1,
         name="tiny",
         architecture=Architecture(
@@ -79,9 +82,22 @@ def metrics() -> Metrics:
         kv_cache="int8",
         target="cpu",
         files={},
-        lineage=Lineage(checkpoint="0" * 64),
+        lineage=Lineage(checkpoint=checkpoint * 64),
     )
-    return Metrics(manifest, 'ti"ny', Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), 16))
+
+
+def choices(num_blocks: int = 16) -> Choices:
+    return Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), num_blocks)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics('ti"ny')
+
+
+@pytest.fixture
+def engine(metrics: Metrics) -> EngineMetrics:
+    return metrics.engine(manifest(), choices())
 
 
 @pytest.fixture
@@ -117,7 +133,7 @@ def request(reason: FinishReason = "stop", *, tokens: int = 5) -> Request:
     return made
 
 
-def test_vllm_names_types_and_labels(metrics: Metrics) -> None:
+def test_vllm_names_types_and_labels(metrics: Metrics, engine: EngineMetrics) -> None:
     found = families(metrics)
     for kind, names in VLLM.items():
         assert {name for name in found if name.startswith("vllm:") and found[name].type == kind} == names
@@ -126,15 +142,18 @@ def test_vllm_names_types_and_labels(metrics: Metrics) -> None:
             for sample in found[name].samples:
                 assert sample.labels["model_name"] == 'ti"ny'
                 assert sample.labels["engine"] == "0"
+                assert (sample.labels.get("version") == manifest().digest[:12]) == (kind != "gauge")
 
 
-def test_docs_list_exactly_what_exists(metrics: Metrics, records: Records) -> None:
+def test_docs_list_exactly_what_exists(metrics: Metrics, engine: EngineMetrics, records: Records) -> None:
     metrics.http("/v1/models", "GET", 200)
-    metrics.feedback("thumbs", True)
+    metrics.feedback("thumbs", True, manifest().digest[:12])
+    metrics.roles({manifest().digest: 1.0})
     exposed = {}
     for name, family in families(metrics).items():
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        exposed[name] = (family.type, labels - COMMON if name.startswith("vllm:") else labels)
+        common = COMMON if family.type == "gauge" else COMMON | {"version"}
+        exposed[name] = (family.type, labels - common if name.startswith("vllm:") else labels)
     rows = re.findall(r"^\| `([^`]+)` \| (\w+) \|([^|]*)\|[^|]+\|$", DOCS.read_text(), re.MULTILINE)
     documented = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     assert documented == exposed
@@ -150,8 +169,8 @@ def test_buckets_hold_vllms() -> None:
         assert list(ours) == sorted(set(ours))
 
 
-def test_a_finished_request_is_observed_once_with_its_times(metrics: Metrics) -> None:
-    metrics.request_finished(request(), now=106.0)
+def test_a_finished_request_is_observed_once_with_its_times(metrics: Metrics, engine: EngineMetrics) -> None:
+    engine.request_finished(request(), now=106.0)
     sums = {
         "vllm:time_to_first_token_seconds": 3.0,
         "vllm:e2e_request_latency_seconds": 6.0,
@@ -171,21 +190,23 @@ def test_a_finished_request_is_observed_once_with_its_times(metrics: Metrics) ->
     assert value(metrics, "vllm:prompt_tokens_total") == 3
 
 
-def test_tokens_counted_are_tokens_sent(metrics: Metrics) -> None:
+def test_tokens_counted_are_tokens_sent(metrics: Metrics, engine: EngineMetrics) -> None:
     for tokens in (1, 2, 5):
-        metrics.step_tokens([0.5] * (tokens - 1))
-        metrics.request_finished(request("length", tokens=tokens), now=106.0)
+        engine.step_tokens([0.5] * (tokens - 1))
+        engine.request_finished(request("length", tokens=tokens), now=106.0)
     assert value(metrics, "vllm:generation_tokens_total") == 8
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 5
     assert value(metrics, "vllm:request_time_per_output_token_seconds_count") == 2  # not of a single token
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
-def test_a_request_that_ends_early_has_only_the_times_it_had(metrics: Metrics, reason: FinishReason) -> None:
+def test_a_request_that_ends_early_has_only_the_times_it_had(
+    metrics: Metrics, engine: EngineMetrics, reason: FinishReason
+) -> None:
     queued, prefilling = request(reason, tokens=0), request(reason, tokens=0)
     queued.first_scheduled, queued.computed, prefilling.computed = None, 0, 2
-    metrics.request_finished(queued, now=101.0)
-    metrics.request_finished(prefilling, now=102.0)
+    engine.request_finished(queued, now=101.0)
+    engine.request_finished(prefilling, now=102.0)
     assert value(metrics, "vllm:request_success_total", finished_reason=reason) == 2
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 2
     assert value(metrics, "vllm:request_queue_time_seconds_count") == 1
@@ -194,31 +215,31 @@ def test_a_request_that_ends_early_has_only_the_times_it_had(metrics: Metrics, r
     assert value(metrics, "vllm:prompt_tokens_total") == 2
 
 
-def test_an_embedding_has_inference_time_and_no_tokens(metrics: Metrics) -> None:
+def test_an_embedding_has_inference_time_and_no_tokens(metrics: Metrics, engine: EngineMetrics) -> None:
     embedding = request(tokens=0)
     embedding.embed = True
-    metrics.request_finished(embedding, now=104.0)
+    engine.request_finished(embedding, now=104.0)
     assert value(metrics, "vllm:request_inference_time_seconds_sum") == 3.0
     assert value(metrics, "vllm:generation_tokens_total") == 0
     assert value(metrics, "vllm:prompt_tokens_total") == 3
 
 
-def test_a_request_for_no_token_has_inference_time_and_none_of_a_token(metrics: Metrics) -> None:
+def test_a_request_for_no_token_has_inference_time_and_none_of_a_token(metrics: Metrics, engine: EngineMetrics) -> None:
     scored = request("length", tokens=0)
     scored.params = SamplingParams(max_tokens=0, prompt_logprobs=1)
-    metrics.request_finished(scored, now=104.0)
+    engine.request_finished(scored, now=104.0)
     assert value(metrics, "vllm:request_inference_time_seconds_sum") == 3.0
     assert value(metrics, "vllm:generation_tokens_total") == 0
     assert value(metrics, "vllm:prompt_tokens_total") == 3
     assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
 
 
-def test_step_and_prefix_cache(metrics: Metrics) -> None:
-    metrics.step(tokens=33, running=3, waiting=2, kv_usage=0.25)
-    metrics.step(tokens=3, running=2, waiting=0, kv_usage=0.125)
-    metrics.prefix_cache(queried=10, hit=8)
-    metrics.preempted(2)
-    metrics.speculation(drafted=8, accepted=3)
+def test_step_and_prefix_cache(metrics: Metrics, engine: EngineMetrics) -> None:
+    engine.step(tokens=33, running=3, waiting=2, kv_usage=0.25)
+    engine.step(tokens=3, running=2, waiting=0, kv_usage=0.125)
+    engine.prefix_cache(queried=10, hit=8)
+    engine.preempted(2)
+    engine.speculation(drafted=8, accepted=3)
     assert value(metrics, "vllm:num_preemptions_total") == 2
     assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 8
     assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 3
@@ -231,8 +252,8 @@ def test_step_and_prefix_cache(metrics: Metrics) -> None:
     assert value(metrics, "vllm:prefix_cache_hits_total") == 8
 
 
-def test_a_value_on_an_edge_falls_below_it(metrics: Metrics) -> None:
-    metrics.step_tokens([0.01, 0.0100001, 1000.0])
+def test_a_value_on_an_edge_falls_below_it(metrics: Metrics, engine: EngineMetrics) -> None:
+    engine.step_tokens([0.01, 0.0100001, 1000.0])
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.01") == 1
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.025") == 2
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="80.0") == 2
@@ -241,19 +262,19 @@ def test_a_value_on_an_edge_falls_below_it(metrics: Metrics) -> None:
 
 def test_labels_stay_bounded(metrics: Metrics) -> None:
     for number in range(50):
-        metrics.feedback(f"made-up-{number}", 0.5)
+        metrics.feedback(f"made-up-{number}", 0.5, "made-up")
         metrics.http("/v1/models", "GET", 200 + number)
-    metrics.feedback("thumbs", False)
-    metrics.feedback("comment", "nice")
-    assert value(metrics, "pawl_feedback_total", metric_name="other", value="number") == 50
+    metrics.feedback("thumbs", False, "")
+    metrics.feedback("comment", "nice", "")
+    assert value(metrics, "pawl_feedback_total", metric_name="other", value="number", version="gone") == 50
     assert value(metrics, "pawl_feedback_total", metric_name="thumbs", value="false") == 1
     assert value(metrics, "pawl_feedback_total", metric_name="comment", value="text") == 1
     assert len(families(metrics)["http_requests_total"].samples) == 1
     assert value(metrics, "http_requests_total", status="2xx") == 50
 
 
-def test_rejections(metrics: Metrics) -> None:
-    metrics.admission_rejected("queue_full")
+def test_rejections(metrics: Metrics, engine: EngineMetrics) -> None:
+    engine.admission_rejected("queue_full")
     assert value(metrics, "vllm:admission_rejections_total", reason="queue_full") == 1
     assert value(metrics, "vllm:admission_rejections_total", reason="draining") == 0
 
@@ -281,8 +302,8 @@ def test_the_records_are_counted(metrics: Metrics, records: Records) -> None:
     assert value(metrics, "pawl_records_failing") == value(metrics, "pawl_records_failures_total") == 0
 
 
-def test_openmetrics_when_asked(metrics: Metrics) -> None:
-    metrics.request_finished(request(), now=106.0)
+def test_openmetrics_when_asked(metrics: Metrics, engine: EngineMetrics) -> None:
+    engine.request_finished(request(), now=106.0)
     body, content_type = metrics.render("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     names = {family.name for family in parse_openmetrics(body.decode())}
@@ -290,10 +311,62 @@ def test_openmetrics_when_asked(metrics: Metrics) -> None:
     assert metrics.render()[1].startswith("text/plain; version=0.0.4")
 
 
+def test_each_version_counts_for_itself_and_the_gauges_for_all(metrics: Metrics, engine: EngineMetrics) -> None:
+    other = metrics.engine(manifest("1"), choices(num_blocks=48))
+    first, second = manifest().digest[:12], manifest("1").digest[:12]
+    for made, count in ((engine, 1), (other, 3)):
+        for _ in range(count):
+            made.request_finished(request(), now=106.0)
+    for name in ("vllm:request_success_total", "vllm:time_to_first_token_seconds_count"):
+        assert (value(metrics, name, version=first), value(metrics, name, version=second)) == (1, 3)
+    engine.step(tokens=1, running=2, waiting=5, kv_usage=0.5)
+    other.step(tokens=1, running=1, waiting=0, kv_usage=0.25)
+    assert value(metrics, "vllm:num_requests_running") == 3
+    assert value(metrics, "vllm:num_requests_waiting") == 5
+    assert value(metrics, "vllm:kv_cache_usage_perc") == (0.5 * 16 + 0.25 * 48) / 64
+    assert value(metrics, "vllm:cache_config_info", num_gpu_blocks="64") == 1
+    assert value(metrics, "pawl_slots") == 8
+    for name in ("vllm:num_requests_running", "vllm:cache_config_info", "pawl_kv_cache_bytes"):
+        assert len(families(metrics)[name].samples) == 1, "a router reads one number"
+
+
+def test_a_versions_series_outlive_its_engine_and_vanish_with_it(metrics: Metrics, engine: EngineMetrics) -> None:
+    before = metrics.render()[0].count(b"\n")
+    for number in "123":
+        digest = manifest(number).digest
+        made = metrics.engine(manifest(number), choices())
+        made.request_finished(request(), now=106.0)
+        made.step(tokens=1, running=2, waiting=1, kv_usage=0.5)
+        metrics.feedback("thumbs", True, digest[:12])
+        metrics.engine_ended(digest)
+        assert value(metrics, "vllm:num_requests_running") == 0
+        assert value(metrics, "pawl_slots") == 4
+        metrics.engine(manifest(number), choices()).request_finished(request(), now=106.0)  # called back
+        assert value(metrics, "vllm:request_success_total", version=digest[:12]) == 2
+        metrics.forget(digest)
+        assert digest[:12] not in metrics.render()[0].decode()
+    assert metrics.render()[0].count(b"\n") == before
+
+
+def test_roles_and_decisions(metrics: Metrics) -> None:
+    metrics.roles({"a" * 64: 1.0})
+    metrics.roles({"a" * 64: 0.75, "b" * 64: 0.25})
+    assert value(metrics, "pawl_version_share", version="a" * 12, role="current") == 0.75
+    assert value(metrics, "pawl_version_share", version="b" * 12, role="candidate") == 0.25
+    metrics.roles({"b" * 64: 1.0})
+    (sample,) = families(metrics)["pawl_version_share"].samples
+    assert (sample.labels, sample.value) == ({"version": "b" * 12, "role": "current"}, 1.0)
+    movement = Movement(time=utc_now(), action="rollback", version="a" * 64, by="me", why="slow")
+    metrics.moved(movement)
+    assert value(metrics, "pawl_decisions_total", action="rollback") == 1
+    assert value(metrics, "pawl_decisions_total", action="promote") == 0
+
+
 @pytest.mark.system
-def test_promtool_finds_only_vllms_names_odd(metrics: Metrics) -> None:
+def test_promtool_finds_only_vllms_names_odd(metrics: Metrics, engine: EngineMetrics) -> None:
     metrics.http("/v1/models", "GET", 200)
-    metrics.feedback("thumbs", True)
+    metrics.feedback("thumbs", True, manifest().digest[:12])
+    metrics.roles({manifest().digest: 1.0})
     done = subprocess.run(["promtool", "check", "metrics"], input=metrics.render()[0], capture_output=True)
     complaints = set((done.stdout + done.stderr).decode().splitlines())
     colons = {f"{name} metric names should not contain ':'" for names in VLLM.values() for name in names}

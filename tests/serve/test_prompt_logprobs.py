@@ -54,7 +54,7 @@ def make_native(artifact: Path, manifest: Manifest) -> MakeEngine:
             runner,
             scheduler,
             Tokenizer(artifact),
-            Metrics(manifest, "tiny", choices),
+            Metrics("tiny").engine(manifest, choices),
             deliver,
             eos_token_ids=tuple(manifest.architecture.eos_token_ids),
             vocab_size=manifest.architecture.vocab_size,

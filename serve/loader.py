@@ -1,0 +1,77 @@
+"""From an artifact's folder to a version: verify, choose, read, and a way to make its engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from proto.manifest import CHAT_TEMPLATE, TOKENIZER, Manifest
+from serve.choices import MIB, Choices, choose, kv_budget
+from serve.engine import Engine
+from serve.forms import Form, pick
+from serve.metrics import Metrics
+from serve.request import Channel, Chunk
+from serve.settings import Settings
+from serve.tokenizer import Tokenizer
+from serve.version import Version
+
+
+class Loader:
+    """Makes versions that answer on `loop`. `load` may be called from any thread, what it returns from the loop's."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._loop = loop
+        self._kv_budget = kv_budget(settings)
+        # Reading one stops all other threads for a third of a second, and retraining keeps the tokenizer.
+        self._tokenizers: WeakValueDictionary[tuple[str, ...], Tokenizer] = WeakValueDictionary()
+
+    def load(self, directory: Path, manifest: Manifest) -> Version:
+        """A version from a verified artifact. Raises SettingsError, or what ONNX Runtime raises."""
+        form = pick(self._settings.form, manifest)
+        choices = choose(self._settings, manifest, form, self._kv_budget)
+        tokenizer = self._tokenizer(directory, manifest)
+        session = form.open(directory, choices.threads)
+
+        def make_engine() -> Engine:
+            runner, scheduler = form.build(session, manifest, self._settings, choices)
+            engine = Engine(
+                runner,
+                scheduler,
+                tokenizer,
+                self._metrics.engine(manifest, choices),
+                self._deliver,
+                eos_token_ids=tuple(manifest.architecture.eos_token_ids),
+                vocab_size=manifest.architecture.vocab_size,
+                request_timeout_seconds=self._settings.request_timeout_seconds,
+            )
+            engine.start()
+            return engine
+
+        return Version(manifest, tokenizer, choices.max_context, make_engine, describe(manifest, form, choices))
+
+    def _tokenizer(self, directory: Path, manifest: Manifest) -> Tokenizer:
+        files = manifest.files
+        key = tuple(files[name].sha256 if name in files else "" for name in (TOKENIZER, CHAT_TEMPLATE))
+        found = self._tokenizers.get(key) or Tokenizer(directory)
+        self._tokenizers[key] = found
+        return found
+
+    def _deliver(self, batch: list[tuple[Channel, Chunk]]) -> None:
+        self._loop.call_soon_threadsafe(_dispatch, batch)
+
+
+def describe(manifest: Manifest, form: Form, choices: Choices) -> str:
+    """What is served and what was chosen, in one line."""
+    return (
+        f"recipe {manifest.recipe.name}, {form.phrase}, "
+        f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
+        f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {choices.block.type}"
+    )
+
+
+def _dispatch(batch: list[tuple[Channel, Chunk]]) -> None:
+    for channel, chunk in batch:
+        channel.send(chunk)
