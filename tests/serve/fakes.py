@@ -101,6 +101,10 @@ class FakeEngine:
             task.add_done_callback(self._tasks.discard)
         self.changed.set()
 
+    def drain(self, timeout_seconds: float) -> bool:
+        """Called when nothing runs."""
+        return not self.running
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something about the requests to become true."""
         while not condition():
@@ -180,6 +184,12 @@ class FakeMetrics:
 
     def roles(self, shares: dict[str, float]) -> None:
         self.shares.append(shares)
+
+    def engine_ended(self, digest: str) -> None:
+        """Not counted."""
+
+    def forget(self, digest: str) -> None:
+        """Not counted."""
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         return b"# EOF\n", "text/plain; version=0.0.4; charset=utf-8"
