@@ -37,7 +37,7 @@ class Follower:
         self._history = History(root)
         self._failed: set[Pointer] = set()
         self._named: set[str] = set()  # by the pointers of the last turn: a movement writes one after the other
-        self._loading: asyncio.Task[None] | None = None
+        self.busy: set[asyncio.Task[None]] = set()  # the load that is under way
         self._complaint = ""
 
     async def run(self) -> None:
@@ -48,10 +48,10 @@ class Follower:
             except Exception as error:  # whatever it is, it goes on to follow
                 self._metrics.in_step(False)
                 self._complain(error)
-            if self._loading is None:
-                await asyncio.sleep(POLL_SECONDS)
+            if self.busy:
+                await asyncio.wait(self.busy, timeout=POLL_SECONDS)
             else:
-                await asyncio.wait([self._loading], timeout=POLL_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
 
     async def turn(self) -> None:
         """Read, and do what can be done at once. Raises RegistryError or OSError; what answers then stays."""
@@ -101,9 +101,8 @@ class Follower:
         self._named = named
 
     def _load_next(self, pointers: Pointers) -> None:
-        if self._loading is not None and not self._loading.done():
+        if self.busy:
             return
-        self._loading = None
         previous, loaded = pointers.previous, self._versions.loaded
         for pointer in (pointers.current, pointers.candidate, previous):
             if pointer is None or pointer in self._failed or pointer.version in loaded:
@@ -115,7 +114,9 @@ class Follower:
                 for version in self._versions.idle:
                     if version.digest == previous.version:
                         self._versions.drop(version)
-            self._loading = asyncio.get_running_loop().create_task(self._load(pointer))
+            task = asyncio.get_running_loop().create_task(self._load(pointer))
+            self.busy.add(task)
+            task.add_done_callback(self.busy.discard)
             return
 
     async def _load(self, pointer: Pointer) -> None:
@@ -128,7 +129,7 @@ class Follower:
             log.error("version %s cannot be loaded and does not answer: %s", version_name(pointer.version), error)
             return
         self._versions.add(version)
-        log.info("version %s is loaded, in %.1f s: %s", version.name, time.monotonic() - began, version.about)
+        log.info("version %s %s: loaded in %.1f s", version.name, version.about, time.monotonic() - began)
 
     def _read(self, digest: str) -> Version:
         return self._loader.load(*load_version(self._root, digest))

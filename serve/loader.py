@@ -66,7 +66,7 @@ class Loader:
 def describe(manifest: Manifest, form: Form, choices: Choices) -> str:
     """What is served and what was chosen, in one line."""
     return (
-        f"recipe {manifest.recipe.name}, {form.phrase}, "
+        f"(recipe {manifest.recipe.name}, {form.phrase}), "
         f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
         f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {choices.block.type}"
     )

@@ -64,7 +64,7 @@ async def run(settings: Settings, directory: Path, manifest: Manifest, began: fl
     grpc = await start_grpc(service, settings)
     print(
         f"ready in {time.monotonic() - began:.1f} s: http://{settings.host}:{http.port} and "
-        f"grpc://{settings.host}:{grpc.port} serve {versions.name} ({current.about})",
+        f"grpc://{settings.host}:{grpc.port} serve {versions.name} {current.about}",
         flush=True,
     )
     following = None

@@ -15,6 +15,7 @@ import uvloop
 
 from proto.manifest import Architecture, GateReport, Lineage, Manifest, Precision, Recipe
 from proto.records import Feedback, Interaction
+from serve.choices import Block, Choices
 from serve.errors import Draining, InternalError, InvalidRequest, NotFound, Overloaded, PawlError
 from serve.grpc_api import GrpcServer, start_grpc
 from serve.http_api import HttpServer, start_http
@@ -216,6 +217,11 @@ def manifest() -> Manifest:
         lineage=Lineage(checkpoint="0" * 64),
         gate=GateReport(passed=True, forced=False, tokens=100, metrics={"kl_nats": 0.5}, thresholds={"kl_nats": 1.0}),
     )
+
+
+def choices(num_blocks: int = 16) -> Choices:
+    """Of an engine with 4 slots."""
+    return Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), num_blocks)
 
 
 @dataclass

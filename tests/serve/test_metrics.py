@@ -16,13 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from proto.manifest import Architecture, Lineage, Manifest, Precision, Recipe
 from proto.records import utc_now
 from proto.registry import Movement
-from serve.choices import Block, Choices
 from serve.engine_metrics import LATENCY_SECONDS, TOKEN_SECONDS, TTFT_SECONDS, EngineMetrics
 from serve.metrics import Metrics
 from serve.records import Records
 from serve.records_metrics import RecordsCollector
 from serve.request import FinishReason, Request, SamplingParams
 from serve.store import open_store
+from tests.serve.fakes import choices
 from tests.serve.stores import during, feedback, interaction
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -84,10 +84,6 @@ def manifest(checkpoint: str = "0") -> Manifest:
         files={},
         lineage=Lineage(checkpoint=checkpoint * 64),
     )
-
-
-def choices(num_blocks: int = 16) -> Choices:
-    return Choices(1, "", 64, 4, "", Block(16, 4096, "int8"), num_blocks)
 
 
 @pytest.fixture

@@ -112,8 +112,9 @@ class Server:
     records: Path
 
 
-def start_server(artifact: Path, records: Path, *flags: str) -> Server:
-    command = [sys.executable, "-m", "serve", "--model", str(artifact), "--http-port", "0", "--grpc-port", "0"]
+def start_server(served: Path, records: Path, *flags: str, how: str = "--model") -> Server:
+    """`how`: what `served` is."""
+    command = [sys.executable, "-m", "serve", how, str(served), "--http-port", "0", "--grpc-port", "0"]
     command += ["--records", str(records), "--slots", str(SLOTS), "--max-context", str(CAPACITY)]
     process = subprocess.Popen(
         [*command, "--prefill-chunk", str(CHUNK), *flags],
