@@ -132,7 +132,7 @@ class Follower:
         log.info("version %s %s: loaded in %.1f s", version.name, version.about, time.monotonic() - began)
 
     def _read(self, digest: str) -> Version:
-        return self._loader.load(*load_version(self._root, digest))
+        return self._loader.load(*load_version(self._root, digest), warm=True)
 
     def _complain(self, error: Exception) -> None:
         if str(error) != self._complaint:  # once, not twice a second

@@ -11,6 +11,7 @@ from serve.choices import MIB, Choices, choose, kv_budget
 from serve.engine import Engine
 from serve.forms import Form, pick
 from serve.metrics import Metrics
+from serve.plan import Plan
 from serve.request import Channel, Chunk
 from serve.settings import Settings
 from serve.tokenizer import Tokenizer
@@ -28,12 +29,19 @@ class Loader:
         # Reading one stops all other threads for a third of a second, and retraining keeps the tokenizer.
         self._tokenizers: WeakValueDictionary[tuple[str, ...], Tokenizer] = WeakValueDictionary()
 
-    def load(self, directory: Path, manifest: Manifest) -> Version:
-        """A version from a verified artifact. Raises SettingsError, or what ONNX Runtime raises."""
+    def load(self, directory: Path, manifest: Manifest, *, warm: bool = False) -> Version:
+        """A version from a verified artifact; `warm`: its weights have been read once, so no request waits for that.
+
+        Raises SettingsError, or what ONNX Runtime raises.
+        """
         form = pick(self._settings.form, manifest)
         choices = choose(self._settings, manifest, form, self._kv_budget)
         tokenizer = self._tokenizer(directory, manifest)
         session = form.open(directory, choices.threads)
+        if warm:
+            plan = Plan()
+            plan.add([0], 0, [0])
+            form.build(session, manifest, self._settings, choices)[0].run(plan)
 
         def make_engine() -> Engine:
             runner, scheduler = form.build(session, manifest, self._settings, choices)

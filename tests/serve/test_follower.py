@@ -31,7 +31,7 @@ class FakeLoader:
     metrics: Metrics
     loaded: list[str] = field(default_factory=list)
 
-    def load(self, directory: Path, manifest: Manifest) -> Version:
+    def load(self, directory: Path, manifest: Manifest, *, warm: bool = False) -> Version:
         self.loaded.append(manifest.digest)
 
         def make_engine() -> Any:

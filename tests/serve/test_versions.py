@@ -194,3 +194,22 @@ def test_a_conversation_and_a_request_id_stay_on_their_side() -> None:
             assert len(by_conversation) == len(by_id) == 2
 
     run(main)
+
+
+def test_an_answer_holds_its_version_as_long_as_it_lasts() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(step_seconds=0.001)) as rig, aiohttp.ClientSession(rig.url) as http:
+            among = rig.service.versions
+            old, new = among.current, version(1)
+            body = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 4000, "stream": True}
+            async with http.post("/v1/completions", json=body) as reply:
+                await reply.content.readline()
+                among.add(new)
+                among.assign(new)
+                async with http.post("/v1/completions", json={"prompt": "x"}) as other:
+                    assert (await other.json())["system_fingerprint"] == new.name
+                assert (old.started, len(rig.engine.running)) == (True, 4)
+            await until_alone(among)  # the client left, so nothing is left to finish
+            assert (old.started, len(rig.engine.cancelled)) == (False, 4)
+
+    run(main)
