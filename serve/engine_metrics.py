@@ -43,19 +43,19 @@ class Families:
     def __init__(self, labels: dict[str, str], registry: CollectorRegistry) -> None:
         """`labels` are those that every series has, before `version`."""
         self.labels = labels
-        self._registry = registry
+        self.registry = registry
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
 
     def counter(self, name: str, help: str, version: str, **more: str) -> Counter:
         labels = more | self.labels | {"version": version}
         if name not in self._counters:
-            self._counters[name] = Counter(name, help, list(labels), registry=self._registry)
+            self._counters[name] = Counter(name, help, list(labels), registry=self.registry)
         return self._counters[name].labels(**labels)
 
     def histogram(self, name: str, help: str, version: str, bounds: Sequence[float]) -> Series:
         if name not in self._histograms:
-            self._histograms[name] = Histogram(name, help, [*self.labels, "version"], self._registry)
+            self._histograms[name] = Histogram(name, help, [*self.labels, "version"], self.registry)
         return self._histograms[name].series([*self.labels.values(), version], bounds)
 
     def forget(self, version: str) -> None:
@@ -74,7 +74,7 @@ class EngineMetrics:
         self.running = 0
         self.waiting = 0
         self.kv_usage = 0.0
-        self._families = families
+        self.families = families
         self._version = version
 
     def begin(self, choices: Choices) -> None:
@@ -149,10 +149,10 @@ class EngineMetrics:
     # -- names --------------------------------------------------------------------------------------------------
 
     def _counter(self, name: str, help: str, **more: str) -> Counter:
-        return self._families.counter(name, help, self._version, **more)
+        return self.families.counter(name, help, self._version, **more)
 
     def _histogram(self, name: str, help: str, bounds: Sequence[float]) -> Series:
-        return self._families.histogram(name, help, self._version, bounds)
+        return self.families.histogram(name, help, self._version, bounds)
 
     def _define_engine_metrics(self) -> None:
         self._prefix_queries = self._counter(

@@ -122,7 +122,10 @@ def test_a_request_gets_the_tokens_that_it_gets_alone(scene: tuple[FakeRunner, E
 
 def count(engine: Engine, name: str) -> float:
     return next(
-        sample.value for family in engine.metrics.registry.collect() for sample in family.samples if sample.name == name
+        sample.value
+        for family in engine.metrics.families.registry.collect()
+        for sample in family.samples
+        if sample.name == name
     )
 
 
