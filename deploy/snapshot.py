@@ -47,7 +47,7 @@ FEEDBACK_SCHEMA = pa.schema(
         "value_boolean": pa.bool_(),
         "value_number": pa.float64(),
         "value_text": _TEXT,
-        **dict.fromkeys(("tags", "idempotency_key"), _TEXT),
+        **dict.fromkeys(("tags", "idempotency_key", "source"), _TEXT),
     }
 )
 JSON_FIELDS = ("messages", "params", "tags")

@@ -26,6 +26,7 @@ from compress.quantize import Options, quantize
 from compress.recipes import RECIPES
 from deploy.__main__ import COMMANDS as DEPLOY_COMMANDS
 from deploy.__main__ import parser as deploy_parser
+from monitoring.__main__ import parser as monitoring_parser
 from proto import inference_pb2 as pb
 from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, NATIVE_GRAPH, TOKENIZER, WEIGHTS
 from serve import api, errors, http_limits
@@ -45,6 +46,7 @@ COMPRESS = (ROOT / "docs/compress.md").read_text()
 TRAIN = (ROOT / "docs/train.md").read_text()
 RECORDS = (ROOT / "docs/records.md").read_text()
 DEPLOY = (ROOT / "docs/deploy.md").read_text()
+MONITORING = (ROOT / "docs/monitoring.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 PAGES = {
     "README.md": README,
@@ -52,6 +54,7 @@ PAGES = {
     "docs/compress.md": COMPRESS,
     "docs/train.md": TRAIN,
     "docs/deploy.md": DEPLOY,
+    "docs/monitoring.md": MONITORING,
     "docs/records.md": RECORDS,
 }
 CALLS = {
@@ -105,6 +108,7 @@ COMMANDS = {
     "train": (TRAIN, subcommands(train_parser(*TRAIN_COMMANDS))),
     "serve records": (RECORDS, subcommands(records_parser())),
     "deploy": (DEPLOY, subcommands(deploy_parser(*DEPLOY_COMMANDS))),
+    "monitoring": (MONITORING, subcommands(monitoring_parser())),
 }
 
 
@@ -220,7 +224,7 @@ def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name:
         elif isinstance(default, bool):
             assert row[1] in (("on",) if default else ("off", "")), row[0]
         elif default not in ("", None, 0):
-            assert row[1] == f"`{default}`", row[0]
+            assert row[1] == f"`{str(default).removeprefix(f'{ROOT}/')}`", row[0]
 
 
 def test_every_command_recipe_and_family_is_documented() -> None:

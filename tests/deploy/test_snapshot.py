@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,9 +26,8 @@ def store(tmp_path: Path) -> Store:
     )
     store.append([interaction("chat-1"), whole, interaction("chat-3", content=False), interaction("chat-4")])
     values: list[bool | float | str] = [True, False, 0.5, "zweifelhaft ✓"]
-    store.append(
-        [feedback(f"chat-{1 + i % 3}", value=v, tags={"n": str(i)}, key=f"k{i}") for i, v in enumerate(values)]
-    )
+    said = [feedback(f"chat-{1 + i % 3}", value=v, tags={"n": str(i)}, key=f"k{i}") for i, v in enumerate(values)]
+    store.append([msgspec.structs.replace(said[0], source="desk"), *said[1:]])
     return store
 
 
