@@ -26,12 +26,13 @@ def main() -> int:
         verified = pool.submit(load_first, settings)
         import uvloop
 
+        from serve.auth import KeyFileError
         from serve.choices import SettingsError
         from serve.server import run
         from serve.store import StoreError
     try:
         return uvloop.run(run(settings, *verified.result(), began))
-    except (ManifestError, RegistryError, SettingsError, StoreError, OSError) as error:
+    except (ManifestError, RegistryError, SettingsError, KeyFileError, StoreError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
 

@@ -34,6 +34,13 @@ class Unauthenticated(PawlError):
     kind = "authentication_error"
 
 
+class Forbidden(PawlError):
+    """The API key is known, and not for this."""
+
+    status = 403
+    kind = "permission_error"
+
+
 class NotFound(PawlError):
     """The model, route or inference id does not exist."""
 

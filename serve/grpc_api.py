@@ -29,9 +29,10 @@ from serve.api import (
     TokenizeRequest,
     parse,
 )
-from serve.auth import KeyCheck, check_request_id
+from serve.auth import Keys, Scope, check_request_id
 from serve.errors import (
     Draining,
+    Forbidden,
     InsufficientStorage,
     InternalError,
     InvalidRequest,
@@ -51,11 +52,13 @@ log = logging.getLogger("pawl.grpc")
 
 NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH = "/grpc.health.v1.Health/"
+FEEDBACK = f"/{NAME}/SendFeedback"
 READINESS = ("", "readiness", NAME)  # health services that drain; "liveness" stays
 CODES: dict[type[PawlError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     TooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
@@ -75,8 +78,9 @@ Method = Callable[[bytes, Context, str], Awaitable[Message | None]]
 class GrpcApi:
     """The methods, and the translation between messages and the service's terms."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, keys: Keys) -> None:
         self.service = service
+        self.keys = keys
         self.idle = asyncio.Event()  # no call is running
         self.idle.set()
         self._running = 0
@@ -164,8 +168,10 @@ class GrpcApi:
 
     async def send_feedback(self, data: bytes, context: Context, request_id: str) -> Message:
         call = parse(FeedbackRequest, fields_of(decode(pb.FeedbackRequest, data)))
-        key = _metadata(context.invocation_metadata(), "idempotency-key") or None
-        return pb.FeedbackResponse(feedback_id=await self.service.feedback(call, key))
+        metadata = context.invocation_metadata()
+        source = self.keys.check(_metadata(metadata, "authorization"), "feedback")
+        key = _metadata(metadata, "idempotency-key") or None
+        return pb.FeedbackResponse(feedback_id=await self.service.feedback(call, key, source))
 
     async def _stream(self, context: Context, answer: Answer) -> None:
         with answer:  # leaving cancels: grpc cancels this task when the client leaves or its deadline passes
@@ -175,9 +181,9 @@ class GrpcApi:
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the key, to every service but health, before their messages are read."""
+    """Refuses calls without a key that is for them, to every service but health, before their messages are read."""
 
-    def __init__(self, keys: KeyCheck) -> None:
+    def __init__(self, keys: Keys) -> None:
         self._keys = keys
 
     async def intercept_service(
@@ -185,10 +191,12 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if not handler_call_details.method.startswith(HEALTH):
+        method = handler_call_details.method
+        if not method.startswith(HEALTH):
+            scope: Scope = "feedback" if method == FEEDBACK else "generate"
             try:
-                self._keys.check(_metadata(handler_call_details.invocation_metadata, "authorization"))
-            except Unauthenticated as error:
+                self._keys.check(_metadata(handler_call_details.invocation_metadata, "authorization"), scope)
+            except (Unauthenticated, Forbidden) as error:
                 refusal = error
 
                 async def deny(requests: Any, context: Context) -> None:
@@ -231,9 +239,10 @@ class GrpcServer:
 
 async def start_grpc(service: Service, settings: Settings) -> GrpcServer:
     """Listen on `settings.host` and `settings.grpc_port`; 0 picks a free port."""
-    api, checks = GrpcApi(service), Checks()
+    keys = Keys(settings.api_key, settings.api_keys)
+    api, checks = GrpcApi(service, keys), Checks()
     server = grpc.aio.server(
-        interceptors=[KeyInterceptor(KeyCheck(settings.api_key))],
+        interceptors=[KeyInterceptor(keys)],
         maximum_concurrent_rpcs=settings.max_connections,
         options=[
             ("grpc.max_receive_message_length", settings.body_limit_bytes),

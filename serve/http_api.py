@@ -25,7 +25,7 @@ from serve.api import (
     TokenizeRequest,
     parse,
 )
-from serve.auth import KeyCheck, check_request_id
+from serve.auth import Keys, Scope, check_request_id
 from serve.errors import Draining, InternalError, NotFound, PawlError
 from serve.http_limits import SERVER, GuardedServer, MethodNotAllowed, read_json, refuse
 from serve.metrics import version_name
@@ -45,6 +45,7 @@ PAGE_HEADERS = {
 }
 MODEL_PREFIX = "/v1/models/"
 OPEN = {"/", "/health", "/ready"}  # the page is static; what it calls is not open
+SCOPES: dict[str, Scope] = {"/metrics": "metrics", "/v1/feedback": "feedback", "/feedback": "feedback"}
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # others share one metric label
 CLIENT_LEFT = 499  # nginx's number, for the metric only
 
@@ -57,7 +58,7 @@ class HttpApi:
     def __init__(self, service: Service, settings: Settings) -> None:
         self.service = service
         self.settings = settings
-        self.keys = KeyCheck(settings.api_key)
+        self.keys = Keys(settings.api_key, settings.api_keys)
         self.page = PAGE.read_bytes() if PAGE.is_file() else None
         self.routes: dict[str, tuple[str, Route]] = {
             "/": ("GET", self.index),
@@ -106,13 +107,16 @@ class HttpApi:
 
     def _resolve(self, request: web.BaseRequest, name: str) -> Route:
         if name not in OPEN:
-            self.keys.check(request.headers.get("Authorization", ""))
+            self._caller(request, SCOPES.get(name, "generate"))
         if name not in self.routes:
             raise NotFound(f"there is no route {show(request.path)}")
         method, route = self.routes[name]
         if request.method != method and (request.method, method) != ("HEAD", "GET"):
             raise MethodNotAllowed(f"{name} is called with {method}, not {show(request.method)}")
         return route
+
+    def _caller(self, request: web.BaseRequest, scope: Scope) -> str | None:
+        return self.keys.check(request.headers.get("Authorization", ""), scope)
 
     # -- generation ---------------------------------------------------------------------------------------------
 
@@ -174,7 +178,8 @@ class HttpApi:
 
     async def feedback(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         call = parse(FeedbackRequest, await read_json(request, self.settings))
-        feedback_id = await self.service.feedback(call, request.headers.get("Idempotency-Key"))
+        source = self._caller(request, "feedback")
+        feedback_id = await self.service.feedback(call, request.headers.get("Idempotency-Key"), source)
         return _json({"feedback_id": feedback_id})
 
     async def models(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:

@@ -224,8 +224,13 @@ class Service:
             found.append(model)
         return found
 
-    async def feedback(self, call: FeedbackRequest, idempotency_key: str | None = None) -> str:
-        """Store a judgement; returns its id once it is durable. Raises NotFound or Unavailable."""
+    async def feedback(
+        self, call: FeedbackRequest, idempotency_key: str | None = None, source: str | None = None
+    ) -> str:
+        """Store a judgement; returns its id once it is durable. Raises NotFound or Unavailable.
+
+        `source` is the name of the API key that it came with.
+        """
         fields = {
             "id": contract.new_id("feedback"),
             "created": contract.utc_now(),
@@ -234,6 +239,7 @@ class Service:
             "value": call.value,
             "tags": call.tags,
             "idempotency_key": idempotency_key,
+            "source": source,
         }
         try:
             feedback = contract.convert(fields, Feedback)

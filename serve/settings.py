@@ -77,6 +77,10 @@ class Settings:
     body_seconds: float = setting(60.0, "how long a client may take to send a request's body", least=0.001)
     max_connections: int = setting(1024, "open HTTP connections; more are closed at once", least=1)
     api_key: str = setting("", "bearer key required on all routes but /, /health, /ready; default: $PAWL_API_KEY")
+    api_keys: Path | None = field(
+        default=None,
+        metadata={"help": "TOML file of API keys, each with a name, the key's SHA-256 and its scopes", "parse": Path},
+    )
     records: str = setting("data/records.sqlite", "SQLite file or postgresql:// URL of interactions and feedback")
     log_content: bool = setting(True, "keep prompts and completions in the records", parse=bool)
     redact: str = setting(
