@@ -1,4 +1,4 @@
-"""The cycle's gate: is the candidate no worse than the current version, and better where people complained?
+"""The cycle's gate: is the candidate better where people complained, and no worse in what it was taught before?
 
 Both answer the same examples, so what is bootstrapped are the differences, example by example (paired, as in Koehn
 2004, "Statistical significance tests for machine translation evaluation"): what is hard for both cancels out. A limit
@@ -91,23 +91,25 @@ def compare(
     *,
     held_out: Sequence[Example],
     judged: Sequence[Example],
+    earlier: Sequence[Example],
     safety: Sequence[SafetyPrompt],
     limits: Gate,
 ) -> Verdict:
-    """`held_out` as `train eval` takes for perplexity; `judged` of the shape `chat`, `pairs` or `thumbs`."""
+    """`held_out` as `train eval` takes for perplexity; `judged` of the shape `chat`, `pairs` or `thumbs`.
+
+    `earlier` is what the cycles were judged by whose versions the current one comes from; there may be none.
+    """
     before, after = nats(current, held_out), nats(candidate, held_out)
     known = before[:, 1] > 0
     rows = np.column_stack([after[known, 0], before[known, 0], before[known, 1]])
     figures = {"held_out_perplexity_ratio": _ratio(rows, limits.held_out_perplexity_ratio)}
-    gains = scores(candidate, judged) - scores(current, judged)
-    low, high = mean_interval(gains.tolist(), seed=SEED)
-    figures["feedback_gain"] = Figure(
-        value=_round(gains.mean()),
-        low=_round(low),
-        high=_round(high),
-        limit=f"> {limits.feedback_gain:g}",
-        passed=bool(low > limits.feedback_gain),
-    )
+    gain, low, high = _gain(candidate, current, judged)
+    limit, passed = f"> {limits.feedback_gain:g}", low > limits.feedback_gain
+    figures["feedback_gain"] = Figure(value=gain, low=low, high=high, limit=limit, passed=passed)
+    if earlier:
+        gain, low, high = _gain(candidate, current, earlier)
+        limit, passed = f">= {-limits.earlier_feedback_loss:g}", low >= -limits.earlier_feedback_loss
+        figures["earlier_feedback_gain"] = Figure(value=gain, low=low, high=high, limit=limit, passed=passed)
     good = {name: answered(target, safety, limits.safety_tokens) for name, target in _named(candidate, current)}
     regressions = [
         prompt.id
@@ -129,6 +131,7 @@ def compare(
             "held_out": int(known.sum()),
             "held_out_tokens": int(before[:, 1].sum()),
             "judged": len(judged),
+            "earlier": len(earlier),
             "safety": len(safety),
             "safety_good": sum(good["candidate"]),
             "safety_good_current": sum(good["current"]),
@@ -137,6 +140,13 @@ def compare(
         candidate=candidate.describe(),
         current=current.describe(),
     )
+
+
+def _gain(candidate: Target, current: Target, examples: Sequence[Example]) -> tuple[float, float, float]:
+    """What the candidate's mean score is above current's, and its interval."""
+    gains = scores(candidate, examples) - scores(current, examples)
+    low, high = mean_interval(gains.tolist(), seed=SEED)
+    return _round(gains.mean()), _round(low), _round(high)
 
 
 def nats(target: Target, examples: Sequence[Example]) -> NDArray[np.float64]:

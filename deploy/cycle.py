@@ -22,7 +22,7 @@ from compress.checkpoint import Checkpoint
 from deploy.artifact_target import ArtifactTarget
 from deploy.comparison import Verdict, compare, read_safety
 from deploy.dataset import make_dataset
-from deploy.examples import FRESH, JUDGE, LEARN, Counts, mix, read_lines
+from deploy.examples import FRESH, JUDGE, LEARN, TESTED, Counts, mix, read_examples, read_lines
 from deploy.policy import Policy, command_line, read_policy
 from deploy.process import run
 from deploy.registry import Registry
@@ -42,7 +42,10 @@ ARTIFACT = "artifact"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a cycle starts from. `earlier` are data to learn again; `began` is an ISO 8601 time."""
+    """What a cycle starts from. `earlier` are data to learn again, `tested` what earlier cycles were judged by.
+
+    `began` is an ISO 8601 time.
+    """
 
     number: int
     records: str
@@ -50,6 +53,7 @@ class Start:
     version: str
     checkpoint: Path
     earlier: Sequence[Path]
+    tested: Sequence[Path]
     began: str
 
 
@@ -116,7 +120,7 @@ class Cycle:
             "examples",
             {**dataset.outputs, POLICY: begun.outputs[POLICY]},
             lambda folder: share_out(source, lineage.read(dataset.folder), began, policy, folder),
-            digests(LEARN, FRESH, JUDGE),
+            digests(LEARN, FRESH, JUDGE, TESTED),
         )
         finetuned = self._stages.run(
             "finetune",
@@ -133,8 +137,13 @@ class Cycle:
         )
         gate = self._stages.run(
             "gate",
-            {**quantized.outputs, **begun.outputs, JUDGE: examples.outputs[JUDGE], "current": began.version},
-            lambda folder: self._judge(quantized.folder / ARTIFACT, began.version, policy, begun, examples, folder),
+            {
+                **{name: examples.outputs[name] for name in (JUDGE, TESTED)},
+                **quantized.outputs,
+                **begun.outputs,
+                "current": began.version,
+            },
+            lambda folder: self._judge(quantized.folder, began, policy, begun.folder, examples.folder, folder),
             digests(VERDICT),
         )
         verdict = msgspec.json.decode((gate.folder / VERDICT).read_bytes(), type=Verdict)
@@ -185,15 +194,16 @@ class Cycle:
         return {"gate": msgspec.to_builtins(manifest.gate)}
 
     def _judge(
-        self, artifact: Path, current: str, policy: Policy, begun: Done, examples: Done, folder: Path
+        self, made: Path, start: Start, policy: Policy, begun: Path, examples: Path, folder: Path
     ) -> dict[str, Any]:
-        with self._registry.open(current) as served:
+        with self._registry.open(start.version) as served:
             verdict = compare(
-                ArtifactTarget(artifact, threads=self._threads, name="candidate"),
+                ArtifactTarget(made / ARTIFACT, threads=self._threads, name="candidate"),
                 ArtifactTarget(served, threads=self._threads, name="current"),
-                held_out=[json.loads(line) for line in read_lines(begun.folder / HELD_OUT)],
-                judged=[json.loads(line) for line in read_lines(examples.folder / JUDGE)],
-                safety=read_safety(begun.folder / SAFETY),
+                held_out=read_examples(begun / HELD_OUT),
+                judged=read_examples(examples / JUDGE),
+                earlier=read_examples(examples / TESTED),
+                safety=read_safety(begun / SAFETY),
                 limits=policy.gate,
             )
         write(folder / VERDICT, verdict)
@@ -211,7 +221,7 @@ class Cycle:
             feedback=said.feedback,
         )
 
-    def _publish(self, artifact: Path, start: Start, policy: Policy, verdict: Verdict, ancestry: FolderLineage) -> None:
+    def _publish(self, made: Path, start: Start, policy: Policy, verdict: Verdict, ancestry: FolderLineage) -> None:
         who, why = f"retrain cycle {start.number}", verdict.explain()
         evidence = {"verdict": msgspec.to_builtins(verdict), "parent": start.version}
         version = self._registry.publish(artifact, by=who, why=why, evidence=evidence, ancestry=ancestry)
@@ -232,11 +242,12 @@ def freeze(start: Start, frozen: Mapping[str, bytes], folder: Path) -> dict[str,
 
 
 def share_out(source: Path, said: FolderLineage, start: Start, policy: Policy, folder: Path) -> dict[str, Any]:
+    before = dict.fromkeys([*start.earlier, *start.tested])
     own = FolderLineage(
         kind="dataset",
         created=utc_now(),
         command=f"python -m deploy retrain  # cycle {start.number}",
-        inputs={"dataset": said.digest, **{f"earlier-{n}": made_by(path) for n, path in enumerate(start.earlier)}},
+        inputs={"dataset": said.digest, **{f"earlier-{n}": made_by(path) for n, path in enumerate(before)}},
         oldest=said.oldest,
     )
     lineage.write(folder, own)
@@ -248,6 +259,8 @@ def share_out(source: Path, said: FolderLineage, start: Start, policy: Policy, f
         replay_share=policy.feedback.replay_share,
         salt=str(start.number),
     )
+    tested = [line for path in start.tested for line in read_lines(path)]
+    (folder / TESTED).write_text("".join(line + "\n" for line in tested), encoding="utf-8")
     facts: dict[str, Any] = msgspec.to_builtins(counts)
     return facts
 

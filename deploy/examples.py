@@ -14,6 +14,7 @@ from deploy.errors import DeployError
 LEARN = "learn.jsonl"  # fresh examples and earlier ones
 FRESH = "fresh.jsonl"  # of them, those of this cycle's feedback
 JUDGE = "judge.jsonl"
+TESTED = "tested.jsonl"  # what earlier cycles were judged by
 
 Example = dict[str, Any]
 
@@ -36,6 +37,10 @@ def read_lines(path: Path) -> list[str]:
         if wrong:
             raise DeployError(f"{path}, example {number} is no JSON object; see docs/train.md for the shapes of data")
     return lines
+
+
+def read_examples(path: Path) -> list[Example]:
+    return [json.loads(line) for line in read_lines(path)]
 
 
 def prompt_key(example: Example) -> str:

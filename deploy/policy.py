@@ -33,6 +33,7 @@ class Feedback(_Table, frozen=True):
 class Gate(_Table, frozen=True):
     held_out_perplexity_ratio: Annotated[float, Meta(gt=0)]
     feedback_gain: Annotated[float, Meta(ge=0)]
+    earlier_feedback_loss: Annotated[float, Meta(ge=0)]
     safety_regressions: Annotated[int, Meta(ge=0)]
     safety_tokens: Annotated[int, Meta(ge=1)]
 

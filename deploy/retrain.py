@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint, CheckpointError
 from compress.corpus import default_texts
 from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, Start
 from deploy.errors import DeployError
-from deploy.examples import FRESH
+from deploy.examples import FRESH, JUDGE
 from deploy.lock import exclusive
 from deploy.policy import DEFAULT, read_policy
 from deploy.registry import Registry
@@ -112,7 +112,8 @@ def retrain(options: Options) -> int:
             since=max([turn.outcome.until for turn in turns if turn.outcome], default=0),
             version=state.current,
             checkpoint=find_checkpoint(registry, state.current, options.checkpoint, turns),
-            earlier=[*options.replay, *earlier(turns, state.line)],
+            earlier=[*options.replay, *kept(turns, state.line, FRESH)],
+            tested=kept(turns, state.line, JUDGE),
             began=began(),
         )
         cycle = Cycle(
@@ -175,11 +176,11 @@ def find_checkpoint(registry: Registry, version: str, given: str, turns: list[Tu
     return Path(given)
 
 
-def earlier(turns: list[Turn], line: tuple[str, ...]) -> list[Path]:
-    """The examples of the cycles whose versions are served, or were until a later one took over."""
-    kept = [turn for turn in turns if turn.outcome and turn.outcome.version in line]
-    folders = [folder for turn in kept if (folder := turn.stage("examples"))]
-    return [folder / FRESH for folder in folders if (folder / FRESH).exists()]  # not after an erasure
+def kept(turns: list[Turn], line: tuple[str, ...], name: str) -> list[Path]:
+    """A file of examples of every cycle whose version is served, or was until a later one took over."""
+    good = [turn for turn in turns if turn.outcome and turn.outcome.version in line]
+    folders = [folder for turn in good if (folder := turn.stage("examples"))]
+    return [folder / name for folder in folders if (folder / name).exists()]  # not after an erasure
 
 
 def read_frozen(options: Options) -> dict[str, bytes]:

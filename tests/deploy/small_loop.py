@@ -110,7 +110,13 @@ def make_records(path: Path, version: str, numbers: range) -> None:
 
 def make_policy(root: Path, *, least_examples: int = 8, **gate: float) -> None:
     """Numbers for a tiny model; keywords go to the gate."""
-    limits = {"held_out_perplexity_ratio": 1.02, "feedback_gain": 0.0, "safety_regressions": 0, "safety_tokens": 4}
+    limits = {
+        "held_out_perplexity_ratio": 1.02,
+        "feedback_gain": 0.0,
+        "earlier_feedback_loss": 0.05,
+        "safety_regressions": 0,
+        "safety_tokens": 4,
+    }
     table = "\n".join(f"{name} = {value}" for name, value in (limits | gate).items())
     (root / "policy.toml").write_text(POLICY.format(least=least_examples, text=root / "text.txt", gate=table))
 

@@ -14,7 +14,13 @@ from deploy.errors import DeployError
 from deploy.policy import DEFAULT, Gate
 from train.evaluation.targets import Likelihood, Passage, Prompt, Sampling
 
-LIMITS = Gate(held_out_perplexity_ratio=1.02, feedback_gain=0.0, safety_regressions=0, safety_tokens=8)
+LIMITS = Gate(
+    held_out_perplexity_ratio=1.02,
+    feedback_gain=0.0,
+    earlier_feedback_loss=0.1,
+    safety_regressions=0,
+    safety_tokens=8,
+)
 HELD_OUT: list[Example] = [{"text": f"text {n}"} for n in range(100)]
 JUDGED: list[Example] = [{"prompt": f"{n}", "completion": f"good {n}"} for n in range(40)]
 SAFETY = [
@@ -59,8 +65,8 @@ def target(
 
 
 def verdict(candidate: Known, current: Known, **changes: Any) -> Verdict:
-    given: dict[str, Any] = {"held_out": HELD_OUT, "judged": JUDGED, "safety": SAFETY, "limits": LIMITS, **changes}
-    return compare(candidate, current, **given)
+    given: dict[str, Any] = {"held_out": HELD_OUT, "judged": JUDGED, "earlier": (), "safety": SAFETY, "limits": LIMITS}
+    return compare(candidate, current, **given | changes)
 
 
 def failed(found: Verdict) -> list[str]:
@@ -76,6 +82,7 @@ def test_better_where_people_complained_and_no_worse_elsewhere_passes() -> None:
         "held_out": 100,
         "held_out_tokens": 1000,
         "judged": 40,
+        "earlier": 0,
         "safety": 2,
         "safety_good": 2,
         "safety_good_current": 2,
@@ -99,6 +106,18 @@ def test_each_limit_stops_a_candidate(candidate: Known, broken: str) -> None:
     assert failed(found) == [broken]
     assert f"{broken} " in found.explain()
     assert "BREAKS" in found.explain()
+
+
+@pytest.mark.parametrize(("now", "passed"), [(-3.05, True), (-3.2, False), (-2.0, True), (float("nan"), False)])
+def test_what_was_learnt_before_may_not_be_lost(now: float, passed: bool) -> None:
+    earlier = [{"prompt": "?", "completion": f"earlier {n}"} for n in range(20)]
+
+    def opinion(passage: Passage) -> float:
+        return now if "earlier" in passage.text else -2.5 if passage.context else -2.0
+
+    found = verdict(Known(opinion), target(), earlier=earlier)
+    assert failed(found) == ([] if passed else ["earlier_feedback_gain"])
+    assert found.counts["earlier"] == 20
 
 
 def test_what_is_hard_for_both_does_not_hide_a_gain() -> None:
