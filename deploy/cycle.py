@@ -221,7 +221,7 @@ class Cycle:
             feedback=said.feedback,
         )
 
-    def _publish(self, made: Path, start: Start, policy: Policy, verdict: Verdict, ancestry: FolderLineage) -> None:
+    def _publish(self, artifact: Path, start: Start, policy: Policy, verdict: Verdict, ancestry: FolderLineage) -> None:
         who, why = f"retrain cycle {start.number}", verdict.explain()
         evidence = {"verdict": msgspec.to_builtins(verdict), "parent": start.version}
         version = self._registry.publish(artifact, by=who, why=why, evidence=evidence, ancestry=ancestry)
