@@ -29,7 +29,7 @@ from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
 from compress.precisions import FLOAT, precision_of
 from compress.rope import tables
 from compress.rotation import rotate
-from compress.weight_file import WeightFile
+from compress.weight_file import WeightStore
 from compress.weights import Tensors, Weights
 from proto.manifest import Precision, Recipe
 
@@ -37,41 +37,73 @@ from proto.manifest import Precision, Recipe
 WeightHook = Callable[[str, Floats], Weight8 | Weight4 | None]
 
 
-def write_constants(
-    file: WeightFile, decoder: Decoder, weights: Weights, recipe: Recipe, hook: WeightHook | None, max_context: int
-) -> None:
-    """Read, round, pack and write one weight after the other; none is kept."""
+def write_positions(file: WeightStore, decoder: Decoder, weights: Weights, max_context: int) -> None:
+    """What tells positions apart: rotary tables, or learned embeddings."""
     d = decoder
     if d.rope:
         for name, table in zip(("cos", "sin"), tables(d.rope, d.head_size, d.max_position, max_context), strict=True):
             file.add(f"rope.{name}", table)
-    if d.tied:
-        _write_tied(file, weights.embedding(), precision_of(recipe, "head"), hook)
     else:
-        _write_embedding(file, weights.embedding(), recipe.default)
-    if d.family.positions:
         file.add("positions.weight", weights.positions(max_context))
-    for i in range(d.num_layers):
-        for role in ("qkv", "o", d.up, "down"):
-            if role == "qkv":
-                _write_tensors(file, f"layers.{i}.attention_norm", weights.attention_norm(i))
-                for kind, template in (("q_norm", d.family.q_norm), ("k_norm", d.family.k_norm)):
-                    if template:
-                        file.add(f"layers.{i}.{kind}.weight", weights.head_norm(template, i))
-            elif role == d.up:
-                _write_tensors(file, f"layers.{i}.mlp_norm", weights.mlp_norm(i))
-            product = f"layers.{i}.{role}"
-            weight, bias = weights.product(i, role)
-            write_weight(file, product, weight, precision_of(recipe, product), hook, d.parts(role))
-            if bias is not None:
-                file.add(f"{product}.bias", bias)
+
+
+def write_embedding(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe) -> None:
+    """An untied embedding [vocab, hidden]: int8, unless the recipe is float. A tied one is the head's matrix."""
+    if decoder.tied:
+        return
+    matrix = weights.embedding()
+    if recipe.default == FLOAT:
+        file.add("embedding.weight", matrix)
+    else:
+        levels, scale = round_to_nearest(matrix)
+        file.add("embedding.weight", pack_int8(levels))
+        file.add("embedding.scale", pad_rows(scale, fill=1))
+
+
+def write_layer(
+    file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe, layer: int, hook: WeightHook | None
+) -> None:
+    """Read, round, pack and write one weight after the other; none is kept."""
+    d = decoder
+    _write_tensors(file, f"layers.{layer}.attention_norm", weights.attention_norm(layer))
+    for kind, template in (("q_norm", d.family.q_norm), ("k_norm", d.family.k_norm)):
+        if template:
+            file.add(f"layers.{layer}.{kind}.weight", weights.head_norm(template, layer))
+    _write_tensors(file, f"layers.{layer}.mlp_norm", weights.mlp_norm(layer))
+    for role in ("qkv", "o", d.up, "down"):
+        _write_product(file, decoder, weights, recipe, layer, role, hook)
+
+
+def _write_product(
+    file: WeightStore,
+    decoder: Decoder,
+    weights: Weights,
+    recipe: Recipe,
+    layer: int,
+    role: str,
+    hook: WeightHook | None,
+) -> None:
+    product = f"layers.{layer}.{role}"
+    weight, bias = weights.product(layer, role)
+    write_weight(file, product, weight, precision_of(recipe, product), hook, decoder.parts(role))
+    if bias is not None:
+        file.add(f"{product}.bias", bias)
+
+
+def write_head(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe, hook: WeightHook | None) -> None:
+    """The final norm and the head, whose matrix [vocab, hidden] is the embedding too where they are tied."""
     _write_tensors(file, "final_norm", weights.final_norm())
-    if not d.tied:
-        write_weight(file, "head", weights.head(), precision_of(recipe, "head"), hook)
+    precision = precision_of(recipe, "head")
+    if not decoder.tied:
+        write_weight(file, "head", weights.head(), precision, hook)
+    elif precision == FLOAT:
+        file.add("head.weight", weights.embedding())
+    else:
+        write_weight(file, "head", weights.embedding(), precision, hook)
 
 
 def write_weight(
-    file: WeightFile, product: str, weight: Floats, precision: Precision, hook: WeightHook | None, parts: int = 1
+    file: WeightStore, product: str, weight: Floats, precision: Precision, hook: WeightHook | None, parts: int = 1
 ) -> None:
     """Write the weight [N, K] of a product. Raises ValueError if the hook gives something else."""
     if precision == FLOAT:
@@ -95,25 +127,7 @@ def write_weight(
         file.add(f"{product}.zero", pack_groups(rounded.zero, num_inputs, group, parts))
 
 
-def _write_tied(file: WeightFile, matrix: Floats, precision: Precision, hook: WeightHook | None) -> None:
-    """The matrix [vocab, hidden] that is both the embedding and the head, as `head`."""
-    if precision == FLOAT:
-        file.add("head.weight", matrix)
-    else:
-        write_weight(file, "head", matrix, precision, hook)
-
-
-def _write_embedding(file: WeightFile, matrix: Floats, precision: Precision) -> None:
-    """An untied embedding [vocab, hidden]: int8, unless the recipe is float."""
-    if precision == FLOAT:
-        file.add("embedding.weight", matrix)
-    else:
-        levels, scale = round_to_nearest(matrix)
-        file.add("embedding.weight", pack_int8(levels))
-        file.add("embedding.scale", pad_rows(scale, fill=1))
-
-
-def _write_tensors(file: WeightFile, name: str, tensors: Tensors) -> None:
+def _write_tensors(file: WeightStore, name: str, tensors: Tensors) -> None:
     for kind, tensor in zip(("weight", "bias"), tensors, strict=True):
         if tensor is not None:
             file.add(f"{name}.{kind}", tensor)

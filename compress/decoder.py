@@ -6,18 +6,20 @@ compress/native.py the one on our own operators, which a recipe with integer wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
-from compress.constants import WeightHook, write_constants
+from compress.constants import write_embedding, write_head, write_layer, write_positions
 from compress.families import Decoder, describe
 from compress.native import NativeGraph, has_native_form
 from compress.precisions import PRECISIONS, name_of, precision_of
-from compress.stock import ACTIVATIONS, StockGraph, Tap
+from compress.stock import ACTIVATIONS, StockGraph
+from compress.treatment import Treat, leave
 from compress.weight_file import WeightFile
 from compress.weights import Weights
-from proto.manifest import Architecture, KvCacheType, Recipe
+from proto.manifest import Architecture, Recipe
 
 MAX_CONTEXT = 8192  # tokens, where neither the caller nor the checkpoint asks for less
 
@@ -27,18 +29,13 @@ def build(
     directory: Path,
     recipe: Recipe,
     *,
-    kv: KvCacheType = "fp32",
-    kv_scales: Sequence[tuple[Floats, Floats]] | None = None,
-    scales: Mapping[str, Floats] | None = None,
-    weight_hook: WeightHook | None = None,
-    taps: Tap | None = None,
+    treat: Treat = leave,
     max_context: int | None = None,
 ) -> Architecture:
     """Write the graphs and `model.onnx.data` into the directory, and return the numbers that a server needs.
 
-    `kv_scales` gives each layer's key and value step for int8 caches of the stock graph, [1] or [kv_heads, head_size];
-    `scales` migrates magnitude from activations into weights (see compress/weights.py); `weight_hook` replaces round to
-    nearest; `taps` are of the stock graph.
+    `treat` says how each layer is treated, one after the other. The stock graph's caches are int8 if it gives steps for
+    them.
     """
     decoder = describe(checkpoint)
     limit = max_context or min(decoder.max_position, MAX_CONTEXT)
@@ -49,16 +46,24 @@ def build(
             f"activation {decoder.activation!r} is not supported. Supported are {', '.join(ACTIVATIONS)}."
         )
     _check_recipe(recipe, decoder)
-    if (kv == "int8") != (kv_scales is not None) or (kv_scales is not None and len(kv_scales) != decoder.num_layers):
-        raise ValueError(
-            f"kv_scales must be given for kv='int8' alone, one pair for each of {decoder.num_layers} layers"
-        )
-    weights = Weights(checkpoint, decoder, scales or {})
+    weights = Weights(checkpoint, decoder, {})
+    kv_scales: list[tuple[Floats, Floats]] = []
     with WeightFile(directory) as file:
-        write_constants(file, decoder, weights, recipe, weight_hook, limit)
-        StockGraph(file, decoder, recipe, taps, kv_scales).write()
+        write_positions(file, decoder, weights, limit)
+        write_embedding(file, decoder, weights, recipe)
+        for layer in tqdm(range(decoder.num_layers), desc=recipe.name, unit="layer", disable=None):
+            treatment = treat(layer)
+            migrated = Weights(checkpoint, decoder, treatment.scales)
+            write_layer(file, decoder, migrated, recipe, layer, treatment.hook)
+            kv_scales += [treatment.kv_scales] if treatment.kv_scales else []
+        write_head(file, decoder, weights, recipe, treat(None).hook)
+        if len(kv_scales) not in (0, decoder.num_layers):
+            raise ValueError(
+                f"{len(kv_scales)} of {decoder.num_layers} layers have kv_scales: give all of them or none"
+            )
+        StockGraph(file, decoder, recipe, kv_scales).write(directory)
         if has_native_form(decoder, recipe):
-            NativeGraph(file, decoder, recipe).write()
+            NativeGraph(file, decoder, recipe).write(directory)
     return decoder.architecture(limit)
 
 

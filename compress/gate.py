@@ -1,12 +1,13 @@
 """The gate: is the artifact as good as the full-precision model, on text that calibration did not see?
 
-Both are run through the runner that will serve them, prompt chunk by prompt chunk, with the same context. Thresholds
-are fixed before the run and travel with the figures in the manifest.
+The artifact is run through the runner that will serve it, prompt chunk by prompt chunk. Thresholds are fixed before the
+run and travel with the figures in the manifest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,13 @@ Tokens = NDArray[np.int64]
 
 THRESHOLDS = {"perplexity_ratio": 1.01, "kl": 0.02, "greedy_agreement": 0.93}
 CHUNK = 128  # tokens a run, as in serving
+
+
+class Scores(Protocol):
+    """What is right: compress/reference.py."""
+
+    def log_probabilities(self, window: int, start: int, end: int) -> Floats:
+        """[end - start, vocab], in natural logarithms, behind the tokens `start` to `end` of window number `window`."""
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -60,7 +68,7 @@ class _Tally:
 
 
 def judge(
-    reference: Runner,
+    reference: Scores,
     candidates: Mapping[Form, Runner],
     windows: Sequence[Sequence[int]],
     *,
@@ -75,11 +83,11 @@ def judge(
     exact = _Tally()
     tallies = {form: _Tally() for form in candidates}
     positions = 0
-    for window in windows:
+    for number, window in enumerate(windows):
         for start in range(0, len(window) - 1, CHUNK):
             end = min(start + CHUNK, len(window) - 1)
             targets = np.asarray(window[start + 1 : end + 1])
-            expected = score(reference, window, start, end)
+            expected = reference.log_probabilities(number, start, end)
             exact.add(expected, expected, targets)
             for form, runner in candidates.items():
                 tallies[form].add(expected, score(runner, window, start, end), targets)

@@ -1,8 +1,9 @@
-"""Writing an ONNX graph: nodes are collected, and refer by name to the constants of a weight file."""
+"""Making an ONNX graph: nodes are collected, and refer by name to the constants of a store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from compress.weight_file import WeightFile
+from compress.weight_file import WeightStore
 
 MICROSOFT = "com.microsoft"
 PAWL = "pawl"  # our own operators: docs/native.md
@@ -21,12 +22,12 @@ Dimensions = Sequence[int | str]
 
 
 class GraphBuilder:
-    """Collects a graph over the constants of `weights`, then writes it with `save`.
+    """Collects a graph over the constants of `weights`; `model` gives it whole, `save` writes it.
 
     Every constant that a node names becomes an initializer, so graphs over one file share what both use.
     """
 
-    def __init__(self, weights: WeightFile) -> None:
+    def __init__(self, weights: WeightStore) -> None:
         self.weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -50,7 +51,7 @@ class GraphBuilder:
         return name if name in self.weights else self.constant(name, array)
 
     def stored(self, name: str) -> str:
-        """The name of a constant if the weight file has it, otherwise "", which leaves an optional input out."""
+        """The name of a constant if the store has it, otherwise "", which leaves an optional input out."""
         return name if name in self.weights else ""
 
     def node(self, op: str, inputs: Sequence[str], output: str, /, *, domain: str = "", **attributes: Any) -> str:
@@ -66,15 +67,17 @@ class GraphBuilder:
         self._nodes.append(node)
         return list(outputs)
 
-    def save(self, name: str) -> None:
-        """Write the graph beside its weights, as file `name`."""
+    def model(self) -> onnx.ModelProto:
+        """The graph, with what it says of the constants that it uses."""
         used = dict.fromkeys(value for node in self._nodes for value in node.input if value in self.weights)
         initializers = [self.weights[value] for value in used]
         graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializer=initializers)
         domains = sorted({"", *(node.domain for node in self._nodes)})
         opsets = [helper.make_opsetid(domain, OPSETS[domain]) for domain in domains]
-        model = helper.make_model(graph, producer_name="pawl", opset_imports=opsets, ir_version=IR_VERSION)
-        (self.weights.directory / name).write_bytes(model.SerializeToString())
+        return helper.make_model(graph, producer_name="pawl", opset_imports=opsets, ir_version=IR_VERSION)
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self.model().SerializeToString())
 
 
 def _value_info(name: str, dtype: Any, shape: Dimensions) -> onnx.ValueInfoProto:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from compress.families import Decoder
 from compress.graph import PAWL, GraphBuilder
 from compress.precisions import precision_of
-from compress.weight_file import WeightFile
+from compress.weight_file import WeightStore
 from proto.manifest import NATIVE_GRAPH, Recipe
 from serve.native_runner import NUM_CANDIDATES, block_bytes
 
@@ -37,13 +38,13 @@ def has_native_form(decoder: Decoder, recipe: Recipe) -> bool:
 class NativeGraph:
     """One graph in the making. Its values have the names that they have in the stock graph."""
 
-    def __init__(self, file: WeightFile, decoder: Decoder, recipe: Recipe) -> None:
-        self.graph = GraphBuilder(file)
+    def __init__(self, weights: WeightStore, decoder: Decoder, recipe: Recipe) -> None:
+        self.graph = GraphBuilder(weights)
         self.decoder = decoder
         self.recipe = recipe
 
-    def write(self) -> None:
-        """Write `model.native.onnx` beside the weight file, which must hold all constants."""
+    def write(self, directory: Path) -> None:
+        """Write `model.native.onnx` into the directory of the weight file, which must hold all constants."""
         g, d = self.graph, self.decoder
         g.input("input_ids", np.int64, ["tokens"])
         g.input("segments", np.int32, ["segments", 3])
@@ -67,7 +68,7 @@ class NativeGraph:
         self._linear("head", wanted, norm="final_norm", output="logits")
         g.nodes("Select", ["logits", "temperature"], ["candidates", "total"], domain=PAWL)
         self._hidden(g.node("Gather", [x, "hidden_rows"], "hidden.raw"))
-        g.save(NATIVE_GRAPH)
+        g.save(directory / NATIVE_GRAPH)
 
     def _embed(self) -> str:
         """The residual stream's start, [tokens, hidden]."""

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from compress.calibration import Activations, calibrate, tap_inputs
+from compress.calibration import Activations, Calibration
 from compress.checkpoint import Checkpoint, Floats
 from compress.constants import WeightHook
 from compress.corpus import Corpus, default_texts, make_corpus, split_texts
@@ -29,9 +30,11 @@ from compress.gate import judge
 from compress.levels import Weight4, Weight8
 from compress.precisions import FLOAT, precision_of
 from compress.recipes import make_recipe
+from compress.reference import Reference
 from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
 from compress.smoothing import search_layer
+from compress.treatment import Treat, Treatment, leave
 from compress.weights import Weights
 from proto.manifest import (
     CHAT_TEMPLATE,
@@ -102,39 +105,14 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     recipe = make_recipe(options.recipe, decoder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        work = Path(temporary)
-        reference, artifact = work / "reference", work / "artifact"
-        reference.mkdir()
+        artifact = Path(temporary) / "artifact"
         artifact.mkdir(mode=0o755)
         copy_tokenizer(source, artifact)
-        tokenizer = Tokenizer(artifact)
-        calibration, held_out = corpora(options, tokenizer)
-        scales: dict[str, Floats] = {}
-        activations: Activations | None = None
-        hook: WeightHook | None = None
-        if recipe.default != FLOAT or options.kv == "int8":
-            with tqdm(total=len(calibration.windows), desc="calibrate", unit="window") as bar:
-                full = Recipe(name="fp32", default=FLOAT)
-                build(checkpoint, reference, full, max_context=options.window, taps=tap_inputs)
-                activations = calibrate(
-                    reference,
-                    decoder,
-                    calibration.windows,
-                    rows=options.calibration_rows,
-                    threads=threads,
-                    progress=bar.update,
-                )
-            shutil.rmtree(reference)
-            reference.mkdir()
-        if recipe.default != FLOAT and activations is not None:
-            scales = migrate(checkpoint, decoder, recipe, activations)
-            hook = compensating_hook(recipe, activations, scales)
-        kv_scales = activations.kv_scales if activations is not None and options.kv == "int8" else None
-        architecture = build(
-            checkpoint, artifact, recipe, kv=options.kv, kv_scales=kv_scales, scales=scales, weight_hook=hook
-        )
-        build(checkpoint, reference, Recipe(name="fp32", default=FLOAT), max_context=options.window)
-        gate = run_gate(reference, artifact, decoder, held_out, options, threads)
+        calibration, held_out = corpora(options, Tokenizer(artifact))
+        treat = make_treat(checkpoint, decoder, recipe, calibration, options, threads)
+        architecture = build(checkpoint, artifact, recipe, treat=treat)
+        del treat
+        gate = run_gate(checkpoint, artifact, decoder, held_out, options, threads)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name or target.name,
@@ -177,21 +155,33 @@ def read_text(path: Path) -> str:
         raise ValueError(f"--text {path} is not UTF-8: {error}") from error
 
 
-def migrate(checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, activations: Activations) -> dict[str, Floats]:
-    """Search the migration of every layer."""
+def make_treat(
+    checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, calibration: Corpus, options: Options, threads: int
+) -> Treat:
+    """Calibrates each layer when it is asked for: migrates, rounds so that errors cancel, measures keys and values."""
+    rounds, int8_caches = recipe.default != FLOAT, options.kv == "int8"
+    if not rounds and not int8_caches:
+        return leave
+    walk = Calibration(checkpoint, decoder, calibration.windows, rows=options.calibration_rows, threads=threads)
     weights = Weights(checkpoint, decoder, {})
-    scales: dict[str, Floats] = {}
-    for layer in tqdm(range(decoder.num_layers), desc="smooth", unit="layer"):
-        scales |= search_layer(decoder, weights, layer, activations.inputs, recipe)
-    return scales
+
+    def treat(layer: int | None) -> Treatment:
+        if layer is None:
+            return Treatment()  # the head stays nearest: it may be the embedding too
+        activations = walk.next_layer()
+        kv_scales = activations.kv_scales if int8_caches else None
+        if not rounds:
+            return Treatment(kv_scales=kv_scales)
+        scales = search_layer(decoder, weights, layer, activations.inputs, recipe)
+        return Treatment(scales, compensating_hook(recipe, activations, scales), kv_scales)
+
+    return treat
 
 
-def compensating_hook(recipe: Recipe, activations: Activations, scales: dict[str, Floats]) -> WeightHook:
-    """Rounds each product's weight so that errors cancel on the calibration inputs; the head stays nearest."""
+def compensating_hook(recipe: Recipe, activations: Activations, scales: Mapping[str, Floats]) -> WeightHook:
+    """Rounds the weights of a layer so that errors cancel on the calibration inputs."""
 
-    def round_weight(product: str, weight: Floats) -> Weight8 | Weight4 | None:
-        if product not in activations.moments:
-            return None  # the head, which may be the embedding too
+    def round_weight(product: str, weight: Floats) -> Weight8 | Weight4:
         precision = precision_of(recipe, product)
         moment = activations.moments[product]
         if product in scales:
@@ -206,16 +196,14 @@ def compensating_hook(recipe: Recipe, activations: Activations, scales: dict[str
 
 
 def run_gate(
-    reference: Path, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
+    checkpoint: Checkpoint, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
 ) -> GateReport:
     """Judge every form that runs here, the one that would be served first."""
     architecture = decoder.architecture(options.window)
-
-    def stock(directory: Path) -> StockRunner:
-        session = open_session(directory, threads)
-        return StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
-
-    candidates: dict[Form, Runner] = {"stock": stock(artifact)}
+    reference = Reference(checkpoint, decoder, held_out.windows, threads=threads)
+    session = open_session(artifact, threads)
+    stock = StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
+    candidates: dict[Form, Runner] = {"stock": stock}
     if (artifact / NATIVE_GRAPH).exists():
         try:
             session = open_session(artifact, threads, NATIVE_GRAPH, library())
@@ -224,8 +212,8 @@ def run_gate(
             candidates = {"native": native, **candidates}
         except NativeUnavailable as reason:
             print(f"compress: the native form is not judged: {reason}", file=sys.stderr)
-    with tqdm(total=len(held_out.windows), desc="gate", unit="window") as bar:
-        return judge(stock(reference), candidates, held_out.windows, forced=options.force, progress=bar.update)
+    with tqdm(total=len(held_out.windows), desc="gate", unit="window", disable=None) as bar:
+        return judge(reference, candidates, held_out.windows, forced=options.force, progress=bar.update)
 
 
 def copy_tokenizer(source: Path, artifact: Path) -> None:

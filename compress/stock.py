@@ -13,7 +13,8 @@ Outputs: `logits`, `hidden`, and `key_cache_out.{i}`, `value_cache_out.{i}`, to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
@@ -25,12 +26,8 @@ from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
 from compress.packing import DEPTH, pad
 from compress.precisions import FLOAT, precision_of
-from compress.weight_file import WeightFile
+from compress.weight_file import WeightStore
 from proto.manifest import GRAPH, Recipe
-
-# (graph, product, the value that is its input, K): adds outputs. The value is [batch, sequence, K] or, for the head,
-# [rows, K].
-Tap = Callable[[GraphBuilder, str, str, int], None]
 
 # activation in config.json -> operator and its attributes
 ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, float]]] = {
@@ -41,44 +38,56 @@ ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, float]]] = {
 
 
 class StockGraph:
-    """One graph in the making. Names of values: `layers.{i}.{what}`, a product's output having the product's name."""
+    """One graph in the making. Names of values: `layers.{i}.{what}`, a product's output having the product's name.
+
+    `product_inputs` tells what each product reads: values [batch, sequence, K] or, for the head, [rows, K].
+    """
 
     def __init__(
         self,
-        file: WeightFile,
+        weights: WeightStore,
         decoder: Decoder,
         recipe: Recipe,
-        taps: Tap | None,
-        kv_scales: Sequence[tuple[Floats, Floats]] | None,
+        kv_scales: Sequence[tuple[Floats, Floats]] | None = None,
     ) -> None:
-        self.graph = GraphBuilder(file)
+        self.graph = GraphBuilder(weights)
         self.decoder = decoder
         self.recipe = recipe
-        self.taps = taps
         self.kv_scales = kv_scales
+        self.product_inputs: dict[str, str] = {}
 
-    def write(self) -> None:
-        """Write `model.onnx` beside the weight file, which must hold all constants (compress/constants.py)."""
+    def write(self, directory: Path) -> None:
+        """Write `model.onnx` into the directory of the weight file, which must hold all constants."""
         g, d = self.graph, self.decoder
         g.input("input_ids", np.int64, ["batch", "sequence"])
-        g.input("seqlens_k", np.int32, ["batch"])
-        g.input("total_sequence_length", np.int32, [])
-        g.input("logits_rows", np.int64, ["rows"])
-        g.output("logits", np.float32, ["rows", d.vocab_size])
-        g.output("hidden", np.float32, ["rows", d.hidden_size])
-        head = load(g, "head", precision_of(self.recipe, "head"), d.shape("head"))
+        self._input_lengths()
+        head = self._load_head()
         residual = self._embed(head)
         normed = self._norm(residual, "layers.0.attention_norm")
         for i in range(d.num_layers):
-            qkv, bias = self._product(i, "qkv", normed)
-            attention = self._attend(i, self._add_bias(qkv, bias))
-            out, bias = self._product(i, "o", attention)
-            normed, residual = self._add_norm(residual, out, bias, f"layers.{i}.mlp_norm")
-            out, bias = self._mlp(i, normed)
+            out, bias, residual = self._layer(i, normed, residual)
             name = f"layers.{i + 1}.attention_norm" if i + 1 < d.num_layers else "final_norm"
             normed, residual = self._add_norm(residual, out, bias, name)
         self._head(normed, head)
-        g.save(GRAPH)
+        g.save(directory / GRAPH)
+
+    def _input_lengths(self) -> None:
+        self.graph.input("seqlens_k", np.int32, ["batch"])
+        self.graph.input("total_sequence_length", np.int32, [])
+
+    def _load_head(self) -> Operand:
+        return load(self.graph, "head", precision_of(self.recipe, "head"), self.decoder.shape("head"))
+
+    def _layer(self, layer: int, normed: str, residual: str) -> tuple[str, str, str]:
+        """The MLP's output without its bias, that bias's name, and the residual stream to which both are to be added.
+
+        `normed` is the residual stream [batch, sequence, hidden] after the attention norm.
+        """
+        qkv, bias = self._product(layer, "qkv", normed)
+        attention = self._attend(layer, self._add_bias(qkv, bias))
+        out, bias = self._product(layer, "o", attention)
+        normed, residual = self._add_norm(residual, out, bias, f"layers.{layer}.mlp_norm")
+        return *self._mlp(layer, normed), residual
 
     def _embed(self, head: Operand) -> str:
         """The residual stream's start [batch, sequence, hidden]."""
@@ -139,13 +148,9 @@ class StockGraph:
         g, d = self.graph, self.decoder
         name = f"layers.{layer}.{role}"
         precision, shape = precision_of(self.recipe, name), d.shape(role)
-        self._tap(name, x, shape[1])
+        self.product_inputs[name] = x
         y = multiply(g, name, x, load(g, name, precision, shape, d.parts(role)), precision, shape)
         return y, g.stored(f"{name}.bias")
-
-    def _tap(self, product: str, x: str, size: int) -> None:
-        if self.taps:
-            self.taps(self.graph, product, x, size)
 
     def _add_bias(self, y: str, bias: str) -> str:
         return self.graph.node("Add", [y, bias], f"{y}.biased") if bias else y
@@ -227,10 +232,13 @@ class StockGraph:
 
     def _head(self, normed: str, operand: Operand) -> None:
         g, d = self.graph, self.decoder
+        g.input("logits_rows", np.int64, ["rows"])
+        g.output("logits", np.float32, ["rows", d.vocab_size])
+        g.output("hidden", np.float32, ["rows", d.hidden_size])
         rows = g.constant("hidden.shape", np.array([-1, d.hidden_size], np.int64))
         flat = g.node("Reshape", [normed, rows], "hidden.flat")  # [batch * sequence, hidden]
         hidden = g.node("Gather", [flat, "logits_rows"], "hidden")
-        self._tap("head", hidden, d.hidden_size)
+        self.product_inputs["head"] = hidden
         precision = precision_of(self.recipe, "head")
         if d.tied and precision == FLOAT:  # the embedding's [vocab, hidden], stored once
             g.node("Gemm", [hidden, "head.weight"], "logits", transB=1)

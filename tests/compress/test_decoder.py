@@ -14,6 +14,7 @@ from compress.checkpoint import Checkpoint, CheckpointError
 from compress.decoder import build
 from compress.families import FAMILIES, describe
 from compress.precisions import FLOAT, W4A8, W8A8
+from compress.treatment import Treatment
 from proto.manifest import Precision, Recipe
 
 CLOSE = {"rtol": 0, "atol": 1e-3}
@@ -141,7 +142,10 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tiny, make_graph, tmp
     ("options", "message"),
     [
         ({"max_context": 200}, "max_context 200 is more than the 128"),
-        ({"kv": "int8"}, "kv_scales must be given"),
+        (
+            {"treat": lambda layer: Treatment(kv_scales=(np.ones(1), np.ones(1)) if layer == 1 else None)},
+            "1 of 2 layers have kv_scales: give all of them or none",
+        ),
         ({"recipe": Recipe(name="r", default=FLOAT, products={"layers.9.o": FLOAT})}, r"names product layers\.9\.o"),
         (
             {"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))},

@@ -50,7 +50,7 @@ def run(tmp_path: Path):
             graph.output("y", np.float32, [f"axis{i}" for i in range(x.ndim - 1)] + [len(weight)])
             operand = load(graph, "product", precision, weight.shape, parts)
             multiply(graph, "product", "x", operand, precision, weight.shape, output="y")
-            graph.save(GRAPH)
+            graph.save(tmp_path / GRAPH)
         session = ort.InferenceSession(tmp_path / GRAPH, providers=["CPUExecutionProvider"])
         return session.run(["y"], {"x": x})[0]
 

@@ -1,4 +1,4 @@
-"""The decoder graph in int8: products, embeddings, caches, migration and taps, on every family."""
+"""The decoder graph in int8: products, embeddings, caches and migration, on every family."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from compress.checkpoint import Checkpoint
+from compress.constants import write_layer, write_positions
 from compress.families import FAMILIES, describe
 from compress.levels import round_to_nearest
 from compress.precisions import FLOAT
+from compress.section import Layer
+from compress.stream import FULL
+from compress.treatment import Treatment
+from compress.weight_memory import WeightMemory
 from compress.weights import Weights, share_over_groups
 from proto.manifest import Precision, Recipe
 
@@ -89,17 +94,32 @@ def test_migration_changes_nothing_in_float(family, overrides, tiny, make_graph,
     model, path = tiny(family, **overrides)
     scales = make_scales(describe(Checkpoint(path)))
 
-    def keep_inputs(graph, product, x, size):
-        graph.output(graph.node("Identity", [x], f"tap.{product}"), np.float32, ["batch", "sequence", size])
+    def treat(layer: int | None) -> Treatment:
+        return Treatment(
+            {product: scale for product, scale in scales.items() if product.startswith(f"layers.{layer}.")}
+        )
 
-    plain, migrated = make_graph(path, taps=keep_inputs), make_graph(path, scales=scales, taps=keep_inputs)
-    products = [f"tap.{product}" for product in scales]
-    before, *inputs = plain.run(np.array([tokens]), [30], outputs=["logits", *products])
-    after, *divided = migrated.run(np.array([tokens]), [30], outputs=["logits", *products])
-    np.testing.assert_allclose(after, before, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(after, reference(model, tokens), rtol=0, atol=1e-3)
-    for (product, scale), x, x_divided in zip(scales.items(), inputs, divided, strict=True):
-        np.testing.assert_allclose(x_divided * scale, x, rtol=1e-3, atol=1e-3, err_msg=product)
+    migrated = make_graph(path, treat=treat).logits(tokens)
+    np.testing.assert_allclose(migrated, make_graph(path).logits(tokens), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(migrated, reference(model, tokens), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_migration_divides_the_inputs_of_products(family, tiny):
+    checkpoint = Checkpoint(tiny(family)[1])
+    decoder = describe(checkpoint)
+    scales = make_scales(decoder)
+    hidden = np.random.default_rng(4).normal(size=(9, decoder.hidden_size)).astype(np.float32)
+
+    def inputs(scales: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        memory, weights = WeightMemory(), Weights(checkpoint, decoder, scales)
+        write_positions(memory, decoder, weights, len(hidden))
+        write_layer(memory, decoder, weights, FULL, 1, None)
+        return Layer(memory, decoder, FULL, 1, threads=1).run(hidden).inputs
+
+    before, divided = inputs({}), inputs(scales)
+    for product, x in before.items():
+        np.testing.assert_allclose(divided[product] * scales.get(product, 1), x, rtol=1e-3, atol=1e-3, err_msg=product)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +146,8 @@ def test_int8_caches_are_near_float_caches(family, by_channel, tiny, make_graph,
     plain.logits(tokens)
     axes = (0, 2) if by_channel else None  # caches are [slots, kv_heads, capacity, head_size]
     steps = [np.atleast_1d(np.abs(cache).max(axis=axes) / 127) for cache in plain.caches.values()]
-    graph = make_graph(path, kv="int8", kv_scales=list(zip(steps[::2], steps[1::2], strict=True)))
+    pairs = {**dict(enumerate(zip(steps[::2], steps[1::2], strict=True))), None: None}
+    graph = make_graph(path, treat=lambda layer: Treatment(kv_scales=pairs[layer]))
     expected = reference(model, tokens)
     whole = graph.logits(tokens)
     assert next(iter(graph.caches.values())).dtype == np.int8
