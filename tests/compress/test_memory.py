@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
+from bench.memory import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HIDDEN, HEADS, VOCAB = 896, 7, 64
+HIDDEN = 896
 LAYER_BYTES = 4 * 7 * HIDDEN**2
 
 # Everything but the gate's own runners, which hold the artifact. GPTQ is left out for time.
@@ -41,35 +39,8 @@ print(line.split()[1])
 """
 
 
-def make_checkpoint(directory: Path, num_layers: int) -> None:
-    """A Llama of half-precision weights, with little else than its layers."""
-    directory.mkdir()
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    matrix = (0.02 * np.random.default_rng(0).standard_normal((HIDDEN, HIDDEN), np.float32)).astype(np.float16)
-    ones = np.ones(HIDDEN, np.float16)
-    tensors = {"model.embed_tokens.weight": matrix[:VOCAB], "model.norm.weight": ones}
-    for i in range(num_layers):
-        matrices = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-        tensors |= {f"model.layers.{i}.{name}.weight": matrix.copy() for name in matrices}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = ones.copy()
-    save_file(tensors, directory / "model.safetensors")
-
-
 def start(directory: Path, num_layers: int) -> subprocess.Popen[str]:
-    make_checkpoint(directory, num_layers)
+    write_checkpoint(directory, layers=num_layers, hidden=HIDDEN, inner=HIDDEN, heads=7, vocab=64)
     output = directory / "artifact"
     output.mkdir()
     return subprocess.Popen(
