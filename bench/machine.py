@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from serve.machine import cpu_quota
+from serve.machine import cpu_quota, processor
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "aiohttp", "uvloop")
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
-        "cpu": info.get("model name", platform.machine()),
+        "cpu": processor(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "threads": cpu_quota()[0],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from compress.base_model import ImportBaseError, import_base
+from compress.budget import STRICT
 from compress.checkpoint import CheckpointError
-from compress.quantize import GateFailed, Options, figures, quantize
+from compress.quantize import GateFailed, Options, quantize
 from compress.recipes import RECIPES
-from compress.summary import summarize
+from compress.summary import limited_figures, summarize
 from proto.manifest import ManifestError, load
 from serve.machine import cpu_quota
 
@@ -36,7 +37,15 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--kv", choices=("fp32", "int8"), default=default["kv"], help="KV cache (default: %(default)s)")
     make.add_argument("--name", default=default["name"], help="model name (default: the output's)")
     make.add_argument("--text", type=Path, help="text to calibrate on and judge by (default: Python's own docs)")
+    example = STRICT.replace("%", "%%")
+    make.add_argument("--gate", default=default["gate"], help=f"limits, such as '{example}' (default: the recipe's)")
     make.add_argument("--force", action="store_true", help="publish even if the gate fails, and record that")
+    make.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=default["measure"],
+        help="time each form and record that (default: on)",
+    )
     for name, text in (
         ("window", "tokens of context in calibration and gate"),
         ("calibration_windows", "windows of text to calibrate on"),
@@ -67,7 +76,7 @@ def main() -> int:
             threads = args.threads or cpu_quota()[0]
             manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads)
             verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"
-            print(f"{args.output} {verdict}: {figures(manifest.gate) if manifest.gate else ''}")
+            print(f"{args.output} {verdict}: {limited_figures(manifest.gate) if manifest.gate else ''}")
     except GateFailed as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_GATE

@@ -1,118 +1,95 @@
 """The gate: is the artifact as good as the full-precision model, on text that calibration did not see?
 
-The artifact is run through the runner that will serve it, prompt chunk by prompt chunk. Thresholds are fixed before the
-run and travel with the figures in the manifest.
+Every form is run through the runner that will serve it, prompt chunk by prompt chunk, with the reference's context.
+Limits are fixed before the run and travel with the figures in the manifest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from compress import generations
+from compress.budget import Budget
+from compress.runners import CHUNK, MakeReference, Reference, Streams, score
+from compress.scores import FIGURES, REFERENCE_FIGURES, Table, measure, score_rows
 from proto.manifest import Form, GateReport
-from serve.block_cache import blocks_for
-from serve.plan import Floats, Plan, Runner
-
-Tokens = NDArray[np.int64]
-
-THRESHOLDS = {"perplexity_ratio": 1.01, "kl": 0.02, "greedy_agreement": 0.93}
-CHUNK = 128  # tokens a run, as in serving
 
 
-class Scores(Protocol):
-    """What is right: compress/reference.py."""
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The verdict, and what it stands on: scores by window, [positions, 4] as in compress/scores.py."""
 
-    def log_probabilities(self, window: int, start: int, end: int) -> Floats:
-        """[end - start, vocab], in natural logarithms, behind the tokens `start` to `end` of window number `window`."""
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Natural-log probabilities over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    totals = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    result: Floats = shifted - np.log(totals).astype(np.float32)
-    return result
-
-
-def score(runner: Runner, window: Sequence[int], start: int, end: int) -> Floats:
-    """Log-probabilities behind each of the window's tokens from `start` to `end`; those before are in the cache."""
-    plan = Plan()
-    # Blocks of the native form; the first one is the stock form's slot.
-    plan.add(range(blocks_for(len(window))), start, list(window[start:end]), want="all")
-    output = runner.run(plan)
-    return log_softmax(output.logits[output.rows])
-
-
-class _Tally:
-    """Sums over positions of one candidate's log-probabilities against the reference's."""
-
-    def __init__(self) -> None:
-        self.nll = self.kl = self.agree = 0.0
-
-    def add(self, expected: Floats, found: Floats, targets: Tokens) -> None:
-        self.nll -= float(found[np.arange(len(targets)), targets].sum(dtype=np.float64))
-        self.kl += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
-        self.agree += float((expected.argmax(-1) == found.argmax(-1)).sum())
-
-    def metrics(self, reference: _Tally, positions: int) -> dict[str, float]:
-        perplexity = np.exp(self.nll / positions)
-        return {
-            "perplexity": round(float(perplexity), 4),
-            "perplexity_ratio": round(float(perplexity / np.exp(reference.nll / positions)), 5),
-            "kl": round(self.kl / positions, 6),
-            "greedy_agreement": round(self.agree / positions, 5),
-        }
+    report: GateReport
+    reference: list[Table]
+    scores: dict[Form, list[Table]]
+    identical: dict[Form, list[int]]  # tokens of each greedy answer before it leaves the reference's
 
 
 def judge(
-    reference: Scores,
-    candidates: Mapping[Form, Runner],
+    make_reference: MakeReference,
+    candidates: Mapping[Form, Streams],
     windows: Sequence[Sequence[int]],
+    budget: Budget,
     *,
-    forced: bool,
+    eos: Sequence[int] = (),
+    forced: bool = False,
     progress: Callable[[], None] = lambda: None,
-) -> GateReport:
-    """Judge an artifact's forms, the one that is served here first; each must pass.
+) -> Judgement:
+    """Judge an artifact's forms, the one that is served here first; each must keep the budget.
 
-    Perplexity of all, mean KL(reference || candidate) in nats, and how often the arg-max is the same. The figures of
-    the second form and the following are named after it: `stock_kl`.
+    The figures of the second form and the following are named after it: `stock_kl`. `progress` is told once a window.
     """
-    exact = _Tally()
-    tallies = {form: _Tally() for form in candidates}
-    positions = 0
+    exact, scores = _read(make_reference(windows), candidates, windows, progress)
+    prompts = generations.prompts_of(windows)
+    answers = {form: generations.generate(streams, prompts, eos) for form, streams in candidates.items()}
+    pairs = [(prompt, answer) for form in candidates for prompt, answer in zip(prompts, answers[form], strict=True)]
+    lengths = iter(generations.identical_lengths(make_reference, pairs))
+    identical = {form: [next(lengths) for _ in prompts] for form in candidates}
+
+    first, *_ = candidates
+    found = measure(exact, exact, REFERENCE_FIGURES)
+    passed = True
+    for form in candidates:
+        own = measure(exact, scores[form], FIGURES)
+        own.join(generations.figures(identical[form], answers[form]))
+        passed = passed and not budget.failures(own.metrics, own.intervals)
+        found.join(own, "" if form == first else f"{form}_")
+    report = GateReport(
+        form=first,
+        passed=passed,
+        forced=forced and not passed,
+        tokens=sum(map(len, exact)),
+        windows=len(windows),
+        metrics=found.metrics,
+        intervals=found.intervals,
+        thresholds=dict(budget.thresholds),
+    )
+    return Judgement(report, exact, scores, identical)
+
+
+def _read(
+    reference: Reference,
+    candidates: Mapping[Form, Streams],
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[], None],
+) -> tuple[list[Table], dict[Form, list[Table]]]:
+    """The scores of the reference and of each form, by window."""
+    exact: list[Table] = []
+    scores: dict[Form, list[Table]] = {form: [] for form in candidates}
     for number, window in enumerate(windows):
+        chunks: dict[Form | None, list[Table]] = {form: [] for form in (None, *candidates)}
         for start in range(0, len(window) - 1, CHUNK):
             end = min(start + CHUNK, len(window) - 1)
             targets = np.asarray(window[start + 1 : end + 1])
             expected = reference.log_probabilities(number, start, end)
-            exact.add(expected, expected, targets)
-            for form, runner in candidates.items():
-                tallies[form].add(expected, score(runner, window, start, end), targets)
-            positions += end - start
+            chunks[None].append(score_rows(expected, expected, targets))
+            for form, streams in candidates.items():
+                chunks[form].append(score_rows(expected, score(streams.runner, window, start, end), targets))
+        exact.append(np.concatenate(chunks[None]))
+        for form in candidates:
+            scores[form].append(np.concatenate(chunks[form]))
         progress()
-    found = {form: tally.metrics(exact, positions) for form, tally in tallies.items()}
-    first = next(iter(found))
-    metrics = {"perplexity_reference": exact.metrics(exact, positions)["perplexity"]}
-    for form, figures in found.items():
-        metrics |= {key if form == first else f"{form}_{key}": value for key, value in figures.items()}
-    passed = all(map(passes, found.values()))
-    return GateReport(
-        form=first,
-        passed=passed,
-        forced=forced and not passed,
-        tokens=positions,
-        metrics=metrics,
-        thresholds=dict(THRESHOLDS),
-    )
-
-
-def passes(metrics: dict[str, float]) -> bool:
-    """Not a number is a failure: every comparison must hold."""
-    return (
-        metrics["perplexity_ratio"] <= THRESHOLDS["perplexity_ratio"]
-        and metrics["kl"] <= THRESHOLDS["kl"]
-        and metrics["greedy_agreement"] >= THRESHOLDS["greedy_agreement"]
-    )
+    return exact, scores

@@ -7,11 +7,11 @@ exists is whole, and a failed gate publishes nothing.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import shutil
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,28 +20,32 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from compress import speed
+from compress.budget import Budget, default_budget, parse
 from compress.calibration import Activations, Calibration
 from compress.checkpoint import Checkpoint, Floats
 from compress.constants import WeightHook
 from compress.corpus import Corpus, default_texts, make_corpus, split_texts
 from compress.decoder import build
 from compress.families import Decoder, describe
-from compress.gate import judge
+from compress.gate import Judgement, judge
 from compress.levels import Weight4, Weight8
 from compress.precisions import FLOAT, precision_of
 from compress.recipes import make_recipe
 from compress.reference import Reference
 from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
+from compress.runners import forms_here, open_streams
 from compress.smoothing import search_layer
+from compress.summary import limited_figures
 from compress.treatment import Treat, Treatment, leave
 from compress.weights import Weights
 from proto.manifest import (
     CHAT_TEMPLATE,
     FORMAT_VERSION,
     MANIFEST,
-    NATIVE_GRAPH,
     TOKENIZER,
+    Architecture,
     Form,
     GateReport,
     KvCacheType,
@@ -51,11 +55,6 @@ from proto.manifest import (
     encode,
     list_files,
 )
-from serve.block_cache import blocks_for
-from serve.native import NativeUnavailable, library
-from serve.native_runner import NativeRunner
-from serve.plan import Runner
-from serve.runner import StockRunner, open_session
 from serve.tokenizer import Tokenizer
 
 TOOLS = ("onnx", "onnxruntime", "numpy", "safetensors")
@@ -77,18 +76,22 @@ class Options:
     calibration_windows: int = 8
     held_out_windows: int = 16
     calibration_rows: int = 256
+    gate: str = ""  # limits; by default those of the recipe
     force: bool = False
+    measure: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that is too small."""
         for name, least in (
             ("window", 2),
             ("calibration_windows", 1),
-            ("held_out_windows", 1),
+            ("held_out_windows", 2),  # one tells nothing of how far figures vary
             ("calibration_rows", 1),
         ):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is too small; give at least {least}")
+        if self.gate:
+            parse(self.gate)
 
 
 def quantize(source: Path, target: Path, options: Options, *, command: str, threads: int) -> Manifest:
@@ -103,6 +106,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     if options.window > decoder.max_position:
         raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
     recipe = make_recipe(options.recipe, decoder)
+    budget = parse(options.gate) if options.gate else default_budget(recipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         artifact = Path(temporary) / "artifact"
@@ -112,7 +116,12 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         treat = make_treat(checkpoint, decoder, recipe, calibration, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
         del treat
-        gate = run_gate(checkpoint, artifact, decoder, held_out, options, threads)
+        judgement = run_gate(checkpoint, artifact, decoder, held_out, budget, options, threads)
+        gate = judgement.report
+        if bad := [name for name, value in gate.metrics.items() if not math.isfinite(value)]:
+            raise GateFailed(f"{bad[0]} is not a number, so nothing was published: the weights or the graph are broken")
+        if options.measure:
+            gate = with_serving(gate, artifact, architecture, judgement.scores, threads)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name or target.name,
@@ -131,7 +140,8 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             gate=gate,
         )
         if not gate.passed and not options.force:
-            raise GateFailed(f"the gate failed and nothing was published: {figures(gate)}; --force publishes anyway")
+            found = limited_figures(gate)
+            raise GateFailed(f"the gate failed and nothing was published: {found}; --force publishes anyway")
         (artifact / MANIFEST).write_bytes(encode(manifest))
         artifact.rename(target)
     return manifest
@@ -196,24 +206,39 @@ def compensating_hook(recipe: Recipe, activations: Activations, scales: Mapping[
 
 
 def run_gate(
-    checkpoint: Checkpoint, artifact: Path, decoder: Decoder, held_out: Corpus, options: Options, threads: int
-) -> GateReport:
+    checkpoint: Checkpoint,
+    artifact: Path,
+    decoder: Decoder,
+    held_out: Corpus,
+    budget: Budget,
+    options: Options,
+    threads: int,
+) -> Judgement:
     """Judge every form that runs here, the one that would be served first."""
     architecture = decoder.architecture(options.window)
-    reference = Reference(checkpoint, decoder, held_out.windows, threads=threads)
-    session = open_session(artifact, threads)
-    stock = StockRunner(session, architecture, num_slots=1, capacity=options.window, max_rows=options.window)
-    candidates: dict[Form, Runner] = {"stock": stock}
-    if (artifact / NATIVE_GRAPH).exists():
-        try:
-            session = open_session(artifact, threads, NATIVE_GRAPH, library())
-            blocks = blocks_for(options.window)
-            native = NativeRunner(session, architecture, num_blocks=blocks, capacity=options.window)
-            candidates = {"native": native, **candidates}
-        except NativeUnavailable as reason:
-            print(f"compress: the native form is not judged: {reason}", file=sys.stderr)
-    with tqdm(total=len(held_out.windows), desc="gate", unit="window", disable=None) as bar:
-        return judge(reference, candidates, held_out.windows, forced=options.force, progress=bar.update)
+    count = len(held_out.windows)
+    candidates = {
+        form: open_streams(artifact, form, architecture, streams=count, capacity=options.window, threads=threads)
+        for form in forms_here(artifact)
+    }
+    with tqdm(total=count, desc="gate", unit="window", disable=None) as bar:
+        return judge(
+            lambda windows: Reference(checkpoint, decoder, windows, threads=threads),
+            candidates,
+            held_out.windows,
+            budget,
+            eos=architecture.eos_token_ids,
+            forced=options.force,
+            progress=bar.update,
+        )
+
+
+def with_serving(
+    gate: GateReport, artifact: Path, architecture: Architecture, forms: Iterable[Form], threads: int
+) -> GateReport:
+    """The report with what serving each form takes here."""
+    serving = {form: speed.measure(artifact, architecture, form, threads) for form in forms}
+    return msgspec.structs.replace(gate, machine=speed.machine(threads), serving=serving)
 
 
 def copy_tokenizer(source: Path, artifact: Path) -> None:
@@ -227,11 +252,3 @@ def copy_tokenizer(source: Path, artifact: Path) -> None:
         shutil.copyfile(template, artifact / CHAT_TEMPLATE)
     elif config.is_file() and isinstance(text := msgspec.json.decode(config.read_bytes()).get("chat_template"), str):
         (artifact / CHAT_TEMPLATE).write_text(text)
-
-
-def figures(gate: GateReport) -> str:
-    """The gate in one line."""
-    return ", ".join(
-        f"{name} {value:g}" + (f" (limit {gate.thresholds[name]:g})" if name in gate.thresholds else "")
-        for name, value in gate.metrics.items()
-    )

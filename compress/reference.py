@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from compress.checkpoint import Checkpoint, Floats
 from compress.families import Decoder
-from compress.gate import log_softmax
+from compress.scores import log_softmax
 from compress.stream import Stream
 
 

@@ -1,11 +1,11 @@
-"""`python -m compress inspect`: what an artifact is, for people."""
+"""What an artifact is, and how it was judged, for people."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from compress.precisions import name_of
-from proto.manifest import Manifest
+from proto.manifest import GateReport, Manifest
 
 
 def summarize(manifest: Manifest) -> str:
@@ -27,9 +27,32 @@ def summarize(manifest: Manifest) -> str:
     if gate := manifest.gate:
         verdict = "passed" if gate.passed else "FAILED"
         lines.append(f"  gate {verdict}{' (forced)' if gate.forced else ''} on {gate.tokens:,} held-out tokens")
-        for name, value in gate.metrics.items():
-            limit = f"  limit {gate.thresholds[name]:g}" if name in gate.thresholds else ""
-            lines.append(f"    {name:24} {value:>10.5g}{limit}")
+        lines += [
+            f"    {name:24} {value:>10.5g}  {_bounds(gate, name)}".rstrip() for name, value in gate.metrics.items()
+        ]
+        lines += [
+            f"  {form}: {cost.decode_milliseconds:.2f} ms a token alone, {cost.tokens_per_second:.0f} tokens/s at "
+            f"{cost.streams} streams, {cost.resident_bytes >> 20} MiB resident, on {gate.machine}"
+            for form, cost in gate.serving.items()
+        ]
     for product, p in sorted(manifest.recipe.products.items()):
         lines.append(f"    {product:24} {name_of(p)}")
     return "\n".join(lines)
+
+
+def limited_figures(gate: GateReport) -> str:
+    """In one line: what was limited, for every form."""
+    shown = [name for name in gate.metrics if _limit(gate, name) is not None]
+    return ", ".join(f"{name} {gate.metrics[name]:.4g} ({_bounds(gate, name)})" for name in shown)
+
+
+def _limit(gate: GateReport, name: str) -> float | None:
+    """That of the form judged first holds for the others too."""
+    return gate.thresholds.get(name, gate.thresholds.get(name.partition("_")[2]))
+
+
+def _bounds(gate: GateReport, name: str) -> str:
+    """Such as "0.0045 to 0.0053, limit 0.02"."""
+    bounds, limit = gate.intervals.get(name), _limit(gate, name)
+    parts = [f"{bounds.low:.4g} to {bounds.high:.4g}"] if bounds else []
+    return ", ".join([*parts, f"limit {limit:g}"] if limit is not None else parts)

@@ -93,10 +93,27 @@ class Lineage(_Part, frozen=True):
     created: str = ""  # ISO 8601, UTC
 
 
+class Interval(_Part, frozen=True):
+    """Where a figure would lie on other text of the same kind, 95 times of 100."""
+
+    low: float
+    high: float
+
+
+class Serving(_Part, frozen=True):
+    """What a form took on one machine, as busy as that was: for people, and never judged."""
+
+    decode_milliseconds: float  # a token, of one stream
+    tokens_per_second: float  # of all streams together
+    streams: Count
+    context: Count  # tokens before the first that was timed
+    resident_bytes: Annotated[int, Meta(ge=0)]  # of a process that has just served that many streams
+
+
 class GateReport(_Part, frozen=True):
     """The gate's figures against the full-precision reference on held-out text, and the limits set before the run.
 
-    The metrics without a prefix are those of `form`.
+    The metrics without a prefix are those of `form`. Artifacts made before there were intervals have none.
     """
 
     passed: bool
@@ -105,6 +122,10 @@ class GateReport(_Part, frozen=True):
     metrics: dict[str, float]
     thresholds: dict[str, float]
     form: Form = "stock"
+    intervals: dict[str, Interval] = {}
+    windows: Annotated[int, Meta(ge=0)] = 0
+    machine: str = ""  # that `serving` was measured on
+    serving: dict[Form, Serving] = {}
 
 
 class Manifest(_Part, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -27,6 +28,12 @@ def cpu_quota() -> tuple[int, str]:
         if limit < affinity:
             return limit, "the cgroup's CPU quota"
     return affinity, "the processors this process may use"
+
+
+def processor() -> str:
+    """Its name, as the kernel tells it."""
+    names = (line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    return next(names, platform.machine()).strip()
 
 
 def available_bytes() -> int:

@@ -18,12 +18,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from compress import generations, speed
 from compress.__main__ import parser as compress_parser
+from compress.budget import KINDS, STRICT, WIDE, parse
 from compress.corpus import DOCUMENT_CHARACTERS
 from compress.families import FAMILIES
-from compress.gate import CHUNK, THRESHOLDS
 from compress.quantize import Options, quantize
 from compress.recipes import RECIPES
+from compress.runners import CHUNK
+from compress.scores import FIGURES, REFERENCE_FIGURES
 from deploy.__main__ import COMMANDS as DEPLOY_COMMANDS
 from deploy.__main__ import parser as deploy_parser
 from monitoring.__main__ import parser as monitoring_parser
@@ -236,15 +239,20 @@ def test_every_command_recipe_and_family_is_documented() -> None:
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Families"))] == list(FAMILIES)
 
 
-def test_the_gates_figures_and_thresholds_are_documented() -> None:
-    documented = {quoted(row[0])[0]: row[1] for row in rows(section(COMPRESS, "The gate"))}
-    least = {"greedy_agreement"}
-    assert {name: text for name, text in documented.items() if text} == {
-        name: f"at {'least' if name in least else 'most'} {limit:g}" for name, limit in THRESHOLDS.items()
+def test_the_gates_figures_and_limits_are_documented() -> None:
+    text = section(COMPRESS, "The gate")
+    table = {name: quoted(row[1]) for row in rows(text) for name in quoted(row[0])}
+    assert table.keys() == {*FIGURES, *REFERENCE_FIGURES, *generations.figures([1], [[0]]).metrics}
+    assert {name: shown for name, shown in table.items() if shown} == {
+        kind.metric: [kind.example] for kind in KINDS.values()
     }
+    assert [row[1] for row in rows(text.split("**Limits**")[1])] == [f"`{STRICT}`", f"`{WIDE}`"]
+    assert f"first {generations.PROMPT} tokens of each window, by {generations.LENGTH} tokens" in text
+    assert f"tokens per second of {speed.STREAMS} (median steps at a context of {speed.CONTEXT} tokens)" in text
     assert f"chunks of {CHUNK} tokens" in COMPRESS
     assert f"documents of {DOCUMENT_CHARACTERS} characters" in COMPRESS
-    ratio, kl, agreement = (THRESHOLDS[name] for name in ("perplexity_ratio", "kl", "greedy_agreement"))
+    limits = parse(STRICT).thresholds
+    ratio, kl, agreement = (limits[name] for name in ("perplexity_ratio", "kl", "greedy_agreement"))
     for figure in (f"{100 * (ratio - 1):.3g} %", f"{kl:g} nats", f"{100 * agreement:g} %"):
         assert figure in section(README, "Your own model")
 
@@ -332,7 +340,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_checkpoint(root / "checkpoint")
     (root / "text.txt").write_text(TEXT * 4)
     options = Options(
-        text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, calibration_rows=64, force=True
+        text=root / "text.txt",
+        window=64,
+        calibration_windows=4,
+        held_out_windows=2,
+        calibration_rows=64,
+        force=True,
+        measure=False,
     )
     quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
     running = start_server(root / "tiny", root / "records.sqlite")

@@ -6,120 +6,119 @@ import itertools
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from compress.gate import CHUNK, THRESHOLDS, judge, log_softmax, passes
-from serve.plan import Output, Plan
+from compress.budget import STRICT, parse
+from compress.gate import Judgement, judge
+from compress.runners import CHUNK
+from compress.scores import log_softmax
+from tests.compress.table_runner import VOCAB, TableRunner, reference_of, streams
 
-VOCAB = 50
 WINDOWS = np.random.default_rng(7).integers(0, VOCAB, (3, CHUNK + 60)).tolist()
-GOOD = {"perplexity_ratio": 1.0, "kl": 0.0, "greedy_agreement": 1.0}
+BUDGET = parse(STRICT)
 
 
-class TableRunner:
-    """Logits depend on the token alone. Rows come in reverse, as a runner may order them as it likes."""
-
-    num_slots = 1
-    capacity = 1024
-    kv_bytes = 0
-
-    def __init__(self, noise: float = 0.0, *, scale: float = 1.0, bad_token: int | None = None) -> None:
-        self.table = 3 * np.random.default_rng(8).normal(size=(VOCAB, VOCAB)).astype(np.float32)
-        self.table += noise * np.random.default_rng(9).normal(size=self.table.shape).astype(np.float32)
-        self.table *= scale
-        if bad_token is not None:
-            self.table[bad_token] = np.nan
-        self.held = 0
-        self.sizes: list[int] = []
-
-    def run(self, plan: Plan) -> Output:
-        (segment,) = plan.segments
-        assert segment.past in (0, self.held), "chunks follow one another"
-        self.held = segment.past + segment.count
-        self.sizes.append(segment.count)
-        logits = self.table[[plan.tokens[i] for i in plan.wanted]][::-1]
-        return Output(logits, np.zeros((len(logits), 1), np.float32), list(range(len(logits)))[::-1])
-
-
-class TableReference:
-    """The same table, asked by window."""
-
-    table = TableRunner().table
-
-    def log_probabilities(self, window: int, start: int, end: int) -> NDArray[np.float32]:
-        return log_softmax(self.table[WINDOWS[window][start:end]])
+def judged(candidate: TableRunner, *, forced: bool = False, budget: str = STRICT) -> Judgement:
+    return judge(reference_of(), {"native": streams(candidate)}, WINDOWS, parse(budget), forced=forced)
 
 
 def test_an_identical_runner_passes_with_perfect_figures() -> None:
-    report = judge(TableReference(), {"native": TableRunner()}, WINDOWS, forced=False)
+    report = judged(TableRunner()).report
     assert report.passed
     assert not report.forced
-    assert report.tokens == sum(len(window) - 1 for window in WINDOWS)
-    assert {name: report.metrics[name] for name in GOOD} == GOOD
+    assert (report.windows, report.tokens) == (3, sum(len(window) - 1 for window in WINDOWS))
+    perfect = {"perplexity_ratio": 1, "kl": 0, "greedy_agreement": 1, "accuracy_change": 0, "identical_share": 1}
+    assert {name: report.metrics[name] for name in perfect} == perfect
+    assert {(report.intervals[name].low, report.intervals[name].high) == (perfect[name],) * 2 for name in perfect}
     assert report.metrics["perplexity"] == report.metrics["perplexity_reference"]
+    assert report.metrics["accuracy"] == report.metrics["accuracy_reference"]
 
 
 def test_the_figures_are_what_their_names_say() -> None:
-    reference, candidate = TableReference(), TableRunner(0.5)
-    report = judge(reference, {"native": candidate}, WINDOWS, forced=False)
+    reference, candidate = TableRunner(), TableRunner(0.5)
+    report = judged(candidate).report
     expected, found = (log_softmax(runner.table.astype(np.float64)) for runner in (reference, candidate))
     pairs = [(a, b) for window in WINDOWS for a, b in itertools.pairwise(window)]
     rows, targets = np.array(pairs).T
     perplexity = [float(np.exp(-table[rows, targets].mean())) for table in (expected, found)]
+    accuracy = [float((table.argmax(-1)[rows] == targets).mean()) for table in (expected, found)]
     kl = (np.exp(expected) * (expected - found)).sum(-1)[rows].mean()
     agreement = (expected.argmax(-1) == found.argmax(-1))[rows].mean()
-    assert report.metrics == {
-        "perplexity": pytest.approx(perplexity[1], rel=1e-4),
-        "perplexity_reference": pytest.approx(perplexity[0], rel=1e-4),
-        "perplexity_ratio": pytest.approx(perplexity[1] / perplexity[0], rel=1e-4),
-        "kl": pytest.approx(kl, rel=1e-3),
-        "greedy_agreement": pytest.approx(agreement, abs=1e-4),
+    wanted = {
+        "perplexity": perplexity[1],
+        "perplexity_reference": perplexity[0],
+        "perplexity_ratio": perplexity[1] / perplexity[0],
+        "kl": kl,
+        "greedy_agreement": agreement,
+        "accuracy": accuracy[1],
+        "accuracy_reference": accuracy[0],
+        "accuracy_change": accuracy[1] - accuracy[0],
     }
+    assert {name: report.metrics[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    for name in wanted:
+        bounds = report.intervals[name]
+        assert bounds.low <= report.metrics[name] <= bounds.high, name
+
+
+def test_forms_are_judged_each_by_its_own_figures() -> None:
+    both = {"native": streams(TableRunner()), "stock": streams(TableRunner(1.5))}
+    report = judge(reference_of(), both, WINDOWS, BUDGET).report  # type: ignore[arg-type]
+    assert report.form == "native"
+    assert not report.passed, "one that is not good enough is too many"
+    assert report.metrics["kl"] == 0 < report.metrics["stock_kl"]
+    assert report.metrics["identical_share"] == 1 > report.metrics["stock_identical_share"]
+    assert report.intervals.keys() - report.metrics.keys() == set()
+    assert "stock_perplexity_ratio" in report.intervals
 
 
 def test_a_damaged_runner_fails() -> None:
-    report = judge(TableReference(), {"native": TableRunner(1.5)}, WINDOWS, forced=False)
+    report = judged(TableRunner(1.5)).report
     assert not report.passed
-    assert report.metrics["kl"] > THRESHOLDS["kl"]
-    assert report.metrics["greedy_agreement"] < THRESHOLDS["greedy_agreement"]
+    assert BUDGET.failures(report.metrics) == ["perplexity_ratio", "kl", "greedy_agreement"]
 
 
 def test_a_runner_that_only_looks_better_fails() -> None:
     """Sharper logits keep every greedy token; the divergence tells."""
-    report = judge(TableReference(), {"native": TableRunner(scale=1.5)}, WINDOWS, forced=False)
-    assert report.metrics["greedy_agreement"] == 1.0
+    report = judged(TableRunner(scale=1.5)).report
+    assert report.metrics["greedy_agreement"] == report.metrics["identical_share"] == 1.0
     assert not report.passed
+
+
+def test_a_limit_within_the_interval_fails() -> None:
+    """The best guess is within it, and yet it is not sure."""
+    report = judged(TableRunner(0.1)).report
+    kl, bounds = report.metrics["kl"], report.intervals["kl"]
+    assert bounds.low < kl < bounds.high
+    assert judged(TableRunner(0.1), budget=f"kl<={bounds.high:.9f}").report.passed
+    assert not judged(TableRunner(0.1), budget=f"kl<={(kl + bounds.high) / 2:.9f}").report.passed
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_not_a_number_fails() -> None:
-    assert not judge(TableReference(), {"native": TableRunner(bad_token=WINDOWS[0][5])}, WINDOWS, forced=False).passed
+    assert not judged(TableRunner(bad_token=WINDOWS[0][5])).report.passed
 
 
-@pytest.mark.parametrize("name", THRESHOLDS)
-def test_each_figure_can_fail_the_gate_alone(name: str) -> None:
-    limit = THRESHOLDS[name]
-    beyond = limit - 1e-4 if name == "greedy_agreement" else limit + 1e-4
-    assert passes(GOOD)
-    assert passes(GOOD | {name: limit})
-    assert not passes(GOOD | {name: beyond})
-    assert not passes(GOOD | {name: float("nan")})
-
-
-def test_the_thresholds_and_the_force_are_recorded() -> None:
-    report = judge(TableReference(), {"native": TableRunner(1.5)}, WINDOWS, forced=True)
-    assert report.thresholds == THRESHOLDS
+def test_the_limits_and_the_force_are_recorded() -> None:
+    report = judged(TableRunner(1.5), forced=True).report
+    assert report.thresholds == BUDGET.thresholds
     assert report.forced
     assert not report.passed, "force publishes; it does not change the verdict"
 
 
+def test_the_evidence_is_by_window_and_token() -> None:
+    found = judged(TableRunner(0.5))
+    assert [table.shape for table in found.scores["native"]] == [(len(window) - 1, 4) for window in WINDOWS]
+    assert [table.shape for table in found.reference] == [(len(window) - 1, 4) for window in WINDOWS]
+    assert len(found.identical["native"]) == len(WINDOWS)
+
+
 def test_text_goes_through_in_the_chunks_of_serving() -> None:
     candidate = TableRunner()
-    judge(TableReference(), {"native": candidate}, WINDOWS, forced=False)
-    assert candidate.sizes == [CHUNK, 59] * len(WINDOWS)
+    judge(reference_of(), {"native": streams(candidate)}, WINDOWS, BUDGET)
+    chunks = [CHUNK, 59] * len(WINDOWS)
+    assert candidate.sizes[: len(chunks)] == chunks
 
 
 def test_progress_is_told_once_a_window() -> None:
     calls: list[None] = []
-    judge(TableReference(), {"native": TableRunner()}, WINDOWS, forced=False, progress=lambda: calls.append(None))
+    judge(reference_of(), {"native": streams(TableRunner())}, WINDOWS, BUDGET, progress=lambda: calls.append(None))
     assert len(calls) == len(WINDOWS)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from compress import gate
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
-from compress.gate import THRESHOLDS
+from compress.budget import STRICT, WIDE, parse
 from compress.precisions import W4A8_ROTATED, W8A8_ROTATED
 from compress.quantize import Options
 from compress.recipes import RECIPES
@@ -53,30 +53,23 @@ def compress(monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture
 def quantize(compress: Run, checkpoint: Path, text: Path) -> Run:
     def run(output: Path, *flags: str, source: Path = checkpoint) -> int:
-        return compress("quantize", source, "-o", output, "--text", text, "--threads", "2", *SMALL, *flags)
+        given = ["--text", text, "--threads", "2", "--no-measure", *SMALL, *flags]
+        return compress("quantize", source, "-o", output, *given)
 
     return run
 
 
-@pytest.fixture
-def any_figures_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model is far from robust: let it through, to see what is published then."""
-    for name, limit in {"perplexity_ratio": 9.0, "kl": 9.0, "greedy_agreement": 0.0}.items():
-        monkeypatch.setitem(gate.THRESHOLDS, name, limit)
+# A random model is far from robust: let it through, to see what is published then.
+EASY = ("--gate", "ppl<=9, kl<=9, agreement>=0%")
+IMPOSSIBLE = ("--gate", "kl<=0, agreement>=0%")
 
 
-@pytest.fixture
-def no_figures_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gate.THRESHOLDS, "kl", -1.0)
-
-
-@pytest.mark.usefixtures("any_figures_pass")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kv", ["fp32", "int8"])
 def test_every_recipe_publishes_a_whole_artifact(
     recipe: str, kv: str, quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(tmp_path / "tiny", "--recipe", recipe, "--kv", kv, "--name", "small") == 0
+    assert quantize(tmp_path / "tiny", *EASY, "--recipe", recipe, "--kv", kv, "--name", "small") == 0
     assert "passed the gate: perplexity" in capsys.readouterr().out
     manifest = load(tmp_path / "tiny")
     assert (manifest.name, manifest.recipe.name, manifest.kv_cache) == ("small", recipe, kv)
@@ -98,55 +91,49 @@ def test_full_precision_with_a_full_precision_cache_is_the_reference(quantize: R
     assert report["greedy_agreement"] == 1
 
 
-@pytest.mark.usefixtures("any_figures_pass")
 def test_wider_weights_are_nearer_to_the_reference(quantize: Run, tmp_path: Path) -> None:
     for recipe in ("w8a8", "w4a8"):
-        assert quantize(tmp_path / recipe, "--recipe", recipe, "--kv", "fp32") == 0
+        assert quantize(tmp_path / recipe, *EASY, "--recipe", recipe, "--kv", "fp32") == 0
     assert judged(tmp_path / "w8a8")["kl"] < judged(tmp_path / "w4a8")["kl"]
 
 
-@pytest.mark.usefixtures("any_figures_pass")
 def test_all_products_of_8_bits_read_rotated_inputs(quantize: Run, tmp_path: Path) -> None:
-    assert quantize(tmp_path / "tiny") == 0
+    assert quantize(tmp_path / "tiny", *EASY) == 0
     recipe = load(tmp_path / "tiny").recipe
     assert (recipe.default, recipe.products) == (W8A8_ROTATED, {})
 
 
-@pytest.mark.usefixtures("any_figures_pass")
 def test_4_bit_weights_are_in_groups_but_for_the_head(quantize: Run, tmp_path: Path) -> None:
-    assert quantize(tmp_path / "tiny", "--recipe", "w4a8") == 0
+    assert quantize(tmp_path / "tiny", *EASY, "--recipe", "w4a8") == 0
     recipe = load(tmp_path / "tiny").recipe
     assert recipe.default == Precision(weight_bits=4, activation_bits=8, group=32)
     assert recipe.products == dict.fromkeys(["layers.0.down", "layers.1.down"], W4A8_ROTATED) | {"head": W8A8_ROTATED}
 
 
-@pytest.mark.usefixtures("no_figures_pass")
 def test_a_failed_gate_leaves_nothing_behind(quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert quantize(tmp_path / "tiny") == EXIT_GATE == 3
+    assert quantize(tmp_path / "tiny", *IMPOSSIBLE) == EXIT_GATE == 3
     assert list(tmp_path.iterdir()) == []
     message = capsys.readouterr().err
-    assert re.search(r"the gate failed and nothing was published: .*kl \S+ \(limit -1\).*--force", message)
+    assert re.search(r"the gate failed and nothing was published: .*kl \S+ \(\S+ to \S+, limit 0\).*--force", message)
 
 
-@pytest.mark.usefixtures("no_figures_pass")
 def test_force_publishes_and_says_so(
     quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(tmp_path / "tiny", "--force") == 0
+    assert quantize(tmp_path / "tiny", *IMPOSSIBLE, "--force") == 0
     assert "was forced through the gate" in capsys.readouterr().out
     report = load(tmp_path / "tiny").gate
     assert report is not None
     assert (report.passed, report.forced) == (False, True)
-    assert report.thresholds == THRESHOLDS
+    assert report.thresholds == {"kl": 0, "greedy_agreement": 0}
     assert compress("inspect", tmp_path / "tiny") == 0
     assert "gate FAILED (forced)" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("any_figures_pass")
 def test_inspect_tells_the_recipe_and_the_figures(
     quantize: Run, compress: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(tmp_path / "tiny", "--recipe", "w4a8") == 0
+    assert quantize(tmp_path / "tiny", *EASY, "--recipe", "w4a8") == 0
     capsys.readouterr()
     assert compress("inspect", tmp_path / "tiny") == 0
     shown = capsys.readouterr().out
@@ -155,7 +142,7 @@ def test_inspect_tells_the_recipe_and_the_figures(
     assert "gate passed on" in shown
     for name, value in judged(tmp_path / "tiny").items():
         assert re.search(rf"^ +{name} +{re.escape(f'{value:.5g}')}( |$)", shown, re.MULTILINE), name
-    assert f"limit {THRESHOLDS['kl']:g}" in shown
+    assert "limit 9" in shown
     assert all(name in shown for name in load(tmp_path / "tiny").files)
 
 
@@ -229,6 +216,46 @@ def test_each_option_is_a_flag_with_its_default() -> None:
     defaults = Options()
     names = {item.name for item in fields(Options)}
     assert {name: getattr(parsed, name) for name in names} == {name: getattr(defaults, name) for name in names}
+
+
+def test_limits_are_the_recipes_unless_they_are_given(quantize: Run, tmp_path: Path) -> None:
+    for recipe, budget in (("w8a8", STRICT), ("w4a8", WIDE)):
+        assert quantize(tmp_path / recipe, "--recipe", recipe, "--force") == 0
+        report = load(tmp_path / recipe).gate
+        assert report is not None
+        assert report.thresholds == parse(budget).thresholds
+
+
+def test_a_wrong_limit_is_told_before_the_work(
+    quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tmp_path / "tiny", "--gate", "ppl<=5%") == EXIT_USAGE
+    assert "'ppl<=5%' is no limit of ppl; write it as ppl<=+1%" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_form_is_timed_and_the_machine_named(quantize: Run, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "tiny", *EASY, "--measure") == 0
+    report = load(tmp_path / "tiny").gate
+    assert report is not None
+    assert report.machine.endswith(", 2 threads")
+    assert report.serving.keys() == {"native", "stock"}
+    for serving in report.serving.values():
+        assert serving.decode_milliseconds > 0
+        assert serving.tokens_per_second > 0
+        assert serving.streams == 16
+        assert 10 << 20 < serving.resident_bytes < 1 << 30
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_figures_that_are_no_numbers_cannot_be_forced(
+    quantize: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest could not hold them."""
+    monkeypatch.setattr("compress.gate.score", lambda runner, window, start, end: np.full((end - start, 512), np.nan))
+    assert quantize(tmp_path / "tiny", "--force") == EXIT_GATE
+    assert "perplexity is not a number" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def judged(artifact: Path) -> dict[str, float]:

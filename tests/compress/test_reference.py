@@ -8,8 +8,8 @@ import pytest
 from compress import section
 from compress.checkpoint import Checkpoint
 from compress.families import describe
-from compress.gate import log_softmax
 from compress.reference import Reference
+from compress.scores import log_softmax
 from tests.compress.test_decoder import CASES
 
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from compress.gate import score
 from compress.quantize import Options, quantize
+from compress.runners import score
 from proto.manifest import NATIVE_GRAPH, Manifest, load
 from serve.block_cache import BlockCache
 from serve.choices import Block, Choices
@@ -69,7 +69,9 @@ def exact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in full precision."""
     root = tmp_path_factory.mktemp("exact")
     (root / "text.txt").write_text(TEXT * 4)
-    options = Options(recipe="fp32", kv="fp32", text=root / "text.txt", window=64, held_out_windows=2, force=True)
+    options = Options(
+        recipe="fp32", kv="fp32", text=root / "text.txt", window=64, held_out_windows=2, force=True, measure=False
+    )
     quantize(artifact.parent / "checkpoint", root / "exact", options, command="test", threads=2)
     return root / "exact"
 

@@ -26,6 +26,7 @@ import grpc
 import msgspec
 import openai
 import pytest
+from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
@@ -373,6 +374,14 @@ def test_models_show_the_gate(server: Server, manifest: Manifest) -> None:
             assert same.gate.passed == manifest.gate.passed
             assert same.gate.forced == manifest.gate.forced
             assert dict(same.gate.metrics) == manifest.gate.metrics
+            shown = json_format.MessageToDict(
+                same.gate, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            )
+            assert shown["intervals"] == model["gate"]["intervals"] != {}
+            assert shown["machine"] == manifest.gate.machine != ""
+            assert {form: cost["tokens_per_second"] for form, cost in shown["serving"].items()} == {
+                form: cost.tokens_per_second for form, cost in manifest.gate.serving.items()
+            }
 
     run(main)
 
