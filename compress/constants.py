@@ -111,10 +111,7 @@ def write_weight(
         return
     if precision.rotated:
         weight = rotate(weight)
-    rounded = hook(product, weight) if hook else None
-    if rounded is None:
-        bits = precision.weight_bits
-        rounded = round_to_nearest(weight) if bits == 8 else round_by_group(weight, precision.group)
+    rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
     _check(product, weight.shape, precision, rounded)
     if isinstance(rounded, Weight8):
         file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
@@ -125,6 +122,11 @@ def write_weight(
         file.add(f"{product}.weight", pack_int4(rounded.levels, rounded.zero, group, parts))
         file.add(f"{product}.scale", pack_groups(rounded.scale, num_inputs, group, parts, fill=1))
         file.add(f"{product}.zero", pack_groups(rounded.zero, num_inputs, group, parts))
+
+
+def nearest(weight: Floats, precision: Precision) -> Weight8 | Weight4:
+    """The weight [N, K] rounded to the nearest level."""
+    return round_to_nearest(weight) if precision.weight_bits == 8 else round_by_group(weight, precision.group)
 
 
 def _write_tensors(file: WeightStore, name: str, tensors: Tensors) -> None:

@@ -6,16 +6,19 @@ to the first token that it would not have chosen, both have generated the same. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compress.runners import MakeReference, Streams
+from compress.reading import MakeReference
+from compress.runners import Streams
 from compress.scores import Measured
 from serve.plan import Plan
 
 PROMPT = 64  # tokens, or half a window if that is less
 LENGTH = 128  # tokens generated at most, or what the window has left
+
+Same = tuple[int, int]  # of an answer: tokens that are the reference's too, before the first that is not; all tokens
 
 
 def prompts_of(windows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -53,7 +56,11 @@ def _room(streams: Streams, prompt: Sequence[int], answer: Sequence[int]) -> int
     return min(LENGTH, streams.capacity - len(prompt)) - len(answer)
 
 
-def identical_lengths(make_reference: MakeReference, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+def identical_lengths(
+    make_reference: MakeReference,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Callable[[], None] = lambda: None,
+) -> list[int]:
     """Of each (prompt, answer), the tokens of the answer before the first one that the reference would not choose."""
     reference = make_reference([[*prompt, *answer] for prompt, answer in pairs])
     lengths = []
@@ -61,14 +68,15 @@ def identical_lengths(make_reference: MakeReference, pairs: Sequence[tuple[Seque
         first = len(prompt) - 1
         best = reference.log_probabilities(i, first, first + len(answer)).argmax(-1)
         lengths.append(int(np.append(best == answer, False).argmin()))
+        progress()
     return lengths
 
 
-def figures(lengths: Sequence[int], answers: Sequence[Sequence[int]]) -> Measured:
+def figures(answers: Sequence[Same]) -> Measured:
     """Mean and median length of the identical beginning in tokens, and the share that is identical to its end."""
     found = Measured()
+    lengths = [same for same, _ in answers]
     found.add_mean("identical_length", lengths)
     found.add("identical_median", float(np.median(lengths)))
-    whole = [length == len(answer) for length, answer in zip(lengths, answers, strict=True)]
-    found.add_mean("identical_share", whole)
+    found.add_mean("identical_share", [same == whole for same, whole in answers])
     return found

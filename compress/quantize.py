@@ -21,18 +21,20 @@ import numpy as np
 from tqdm import tqdm
 
 from compress import speed
-from compress.budget import Budget, default_budget, parse
+from compress.budget import default_budget, parse
 from compress.calibration import Activations, Calibration
 from compress.checkpoint import Checkpoint, Floats
 from compress.constants import WeightHook
 from compress.corpus import Corpus, default_texts, make_corpus, split_texts
 from compress.decoder import build
 from compress.families import Decoder, describe
-from compress.gate import Judgement, judge
+from compress.gate import Evidence, examine, judge
 from compress.levels import Weight4, Weight8
 from compress.precisions import FLOAT, precision_of
+from compress.product_errors import ErrorMeter
 from compress.recipes import make_recipe
 from compress.reference import Reference
+from compress.report import write_report
 from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
 from compress.runners import forms_here, open_streams
@@ -113,15 +115,19 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         artifact.mkdir(mode=0o755)
         copy_tokenizer(source, artifact)
         calibration, held_out = corpora(options, Tokenizer(artifact))
-        treat = make_treat(checkpoint, decoder, recipe, calibration, options, threads)
+        meter = ErrorMeter(recipe)
+        treat = make_treat(checkpoint, decoder, recipe, calibration, meter, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
         del treat
-        judgement = run_gate(checkpoint, artifact, decoder, held_out, budget, options, threads)
-        gate = judgement.report
+        evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads)
+        gate = judge(evidence, budget, forced=options.force)
         if bad := [name for name, value in gate.metrics.items() if not math.isfinite(value)]:
             raise GateFailed(f"{bad[0]} is not a number, so nothing was published: the weights or the graph are broken")
+        if not gate.passed and not options.force:
+            found = limited_figures(gate)
+            raise GateFailed(f"the gate failed and nothing was published: {found}; --force publishes anyway")
         if options.measure:
-            gate = with_serving(gate, artifact, architecture, judgement.scores, threads)
+            gate = with_serving(gate, artifact, architecture, evidence.scores, threads)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name or target.name,
@@ -129,7 +135,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             recipe=recipe,
             kv_cache=options.kv,
             target="cpu",
-            files=list_files(artifact),
+            files={},
             lineage=Lineage(
                 checkpoint=checkpoint.digest,
                 datasets={"calibration": calibration.digest, "held_out": held_out.digest},
@@ -139,9 +145,8 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             ),
             gate=gate,
         )
-        if not gate.passed and not options.force:
-            found = limited_figures(gate)
-            raise GateFailed(f"the gate failed and nothing was published: {found}; --force publishes anyway")
+        write_report(artifact, manifest, gate, evidence, decoder, meter.errors)
+        manifest = msgspec.structs.replace(manifest, files=list_files(artifact))
         (artifact / MANIFEST).write_bytes(encode(manifest))
         artifact.rename(target)
     return manifest
@@ -166,7 +171,13 @@ def read_text(path: Path) -> str:
 
 
 def make_treat(
-    checkpoint: Checkpoint, decoder: Decoder, recipe: Recipe, calibration: Corpus, options: Options, threads: int
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    recipe: Recipe,
+    calibration: Corpus,
+    meter: ErrorMeter,
+    options: Options,
+    threads: int,
 ) -> Treat:
     """Calibrates each layer when it is asked for: migrates, rounds so that errors cancel, measures keys and values."""
     rounds, int8_caches = recipe.default != FLOAT, options.kv == "int8"
@@ -177,13 +188,14 @@ def make_treat(
 
     def treat(layer: int | None) -> Treatment:
         if layer is None:
-            return Treatment()  # the head stays nearest: it may be the embedding too
+            return Treatment(hook=meter.watch())  # the head stays nearest: it may be the embedding too
         activations = walk.next_layer()
         kv_scales = activations.kv_scales if int8_caches else None
         if not rounds:
             return Treatment(kv_scales=kv_scales)
         scales = search_layer(decoder, weights, layer, activations.inputs, recipe)
-        return Treatment(scales, compensating_hook(recipe, activations, scales), kv_scales)
+        hook = meter.watch(compensating_hook(recipe, activations, scales), activations.inputs, scales)
+        return Treatment(scales, hook, kv_scales)
 
     return treat
 
@@ -205,30 +217,22 @@ def compensating_hook(recipe: Recipe, activations: Activations, scales: Mapping[
     return round_weight
 
 
-def run_gate(
-    checkpoint: Checkpoint,
-    artifact: Path,
-    decoder: Decoder,
-    held_out: Corpus,
-    budget: Budget,
-    options: Options,
-    threads: int,
-) -> Judgement:
-    """Judge every form that runs here, the one that would be served first."""
-    architecture = decoder.architecture(options.window)
-    count = len(held_out.windows)
+def examine_artifact(
+    checkpoint: Checkpoint, artifact: Path, decoder: Decoder, held_out: Corpus, threads: int
+) -> Evidence[Form]:
+    """Every form that runs here, the one that would be served first."""
+    count, window = len(held_out.windows), max(map(len, held_out.windows))
+    architecture = decoder.architecture(window)
     candidates = {
-        form: open_streams(artifact, form, architecture, streams=count, capacity=options.window, threads=threads)
+        form: open_streams(artifact, form, architecture, streams=count, capacity=window, threads=threads)
         for form in forms_here(artifact)
     }
-    with tqdm(total=count, desc="gate", unit="window", disable=None) as bar:
-        return judge(
+    with tqdm(total=count * (1 + len(candidates)), desc="gate", unit="text", disable=None) as bar:
+        return examine(
             lambda windows: Reference(checkpoint, decoder, windows, threads=threads),
             candidates,
             held_out.windows,
-            budget,
             eos=architecture.eos_token_ids,
-            forced=options.force,
             progress=bar.update,
         )
 

@@ -1,32 +1,18 @@
-"""The forms of an artifact that run here, each with the runner that will serve it, and text read by them."""
+"""The forms of an artifact that run here, each with the runner that will serve it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from compress.scores import log_softmax
 from proto.manifest import NATIVE_GRAPH, Architecture, Form
 from serve.block_cache import blocks_for
 from serve.native import NativeUnavailable, library
 from serve.native_runner import NativeRunner
-from serve.plan import Floats, Plan, Runner
+from serve.plan import Runner
 from serve.runner import StockRunner, open_session
-
-CHUNK = 128  # tokens a run, as in serving
-
-
-class Reference(Protocol):
-    """The full-precision model over the windows that it was made for."""
-
-    def log_probabilities(self, window: int, start: int, end: int) -> Floats:
-        """[end - start, vocabulary], behind each of a window's tokens from `start` to `end`."""
-
-
-MakeReference = Callable[[Sequence[Sequence[int]]], Reference]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +48,3 @@ def open_streams(
     session = open_session(directory, threads, NATIVE_GRAPH, library())
     native = NativeRunner(session, architecture, num_blocks=streams * width, capacity=capacity)
     return Streams(native, [range(i * width, (i + 1) * width) for i in range(streams)], capacity)
-
-
-def score(runner: Runner, window: Sequence[int], start: int, end: int) -> Floats:
-    """Log-probabilities behind each of the window's tokens from `start` to `end`; those before are in the cache."""
-    plan = Plan()
-    # Blocks of the native form; the first one is the stock form's slot.
-    plan.add(range(blocks_for(len(window))), start, list(window[start:end]), want="all")
-    output = runner.run(plan)
-    return log_softmax(output.logits[output.rows])

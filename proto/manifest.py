@@ -1,8 +1,9 @@
 """The artifact manifest: what a directory must say of itself to be served. Version 1.
 
 An artifact is `model.onnx`, `model.native.onnx` (if all its weights are integers) with their common `model.onnx.data`,
-`tokenizer.json`, `chat_template.jinja` (if the model chats) and `manifest.json`. ONNX Runtime loads a flipped weight
-bit without a word, so `load` checks every digest, and refuses links and files that the manifest does not list.
+`tokenizer.json`, `chat_template.jinja` (if the model chats), `report.html` (for people) and `manifest.json`. ONNX
+Runtime loads a flipped weight bit without a word, so `load` checks every digest, and refuses links and files that the
+manifest does not list.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ NATIVE_GRAPH = "model.native.onnx"  # our operators (docs/native.md); refers to 
 WEIGHTS = "model.onnx.data"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+REPORT = "report.html"  # how it was judged, for people
 
 Count = Annotated[int, Meta(ge=1)]
 Form = Literal["native", "stock"]  # which graph runs

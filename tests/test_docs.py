@@ -24,14 +24,14 @@ from compress.budget import KINDS, STRICT, WIDE, parse
 from compress.corpus import DOCUMENT_CHARACTERS
 from compress.families import FAMILIES
 from compress.quantize import Options, quantize
+from compress.reading import CHUNK
 from compress.recipes import RECIPES
-from compress.runners import CHUNK
 from compress.scores import FIGURES, REFERENCE_FIGURES
 from deploy.__main__ import COMMANDS as DEPLOY_COMMANDS
 from deploy.__main__ import parser as deploy_parser
 from monitoring.__main__ import parser as monitoring_parser
 from proto import inference_pb2 as pb
-from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, NATIVE_GRAPH, TOKENIZER, WEIGHTS
+from proto.manifest import CHAT_TEMPLATE, GRAPH, MANIFEST, NATIVE_GRAPH, REPORT, TOKENIZER, WEIGHTS
 from serve import api, errors, http_limits
 from serve.grpc_api import CODES, NAME
 from serve.http_api import OPEN, HttpApi
@@ -242,7 +242,7 @@ def test_every_command_recipe_and_family_is_documented() -> None:
 def test_the_gates_figures_and_limits_are_documented() -> None:
     text = section(COMPRESS, "The gate")
     table = {name: quoted(row[1]) for row in rows(text) for name in quoted(row[0])}
-    assert table.keys() == {*FIGURES, *REFERENCE_FIGURES, *generations.figures([1], [[0]]).metrics}
+    assert table.keys() == {*FIGURES, *REFERENCE_FIGURES, *generations.figures([(1, 1)]).metrics}
     assert {name: shown for name, shown in table.items() if shown} == {
         kind.metric: [kind.example] for kind in KINDS.values()
     }
@@ -303,7 +303,7 @@ def test_the_map_of_folders_is_the_tree() -> None:
 
 
 def test_the_readme_names_the_artifacts_files() -> None:
-    files = {GRAPH, NATIVE_GRAPH, WEIGHTS, TOKENIZER, CHAT_TEMPLATE, MANIFEST}
+    files = {GRAPH, NATIVE_GRAPH, WEIGHTS, TOKENIZER, CHAT_TEMPLATE, REPORT, MANIFEST}
     assert files <= set(quoted(section(README, "Your own model")))
     assert files == {name for row in rows(section(COMPRESS, "The artifact")) for name in quoted(row[0])}
     assert f"`{re.findall(r'^MODEL .?= (.*)$', MAKEFILE, re.MULTILINE)[0]}`" in README

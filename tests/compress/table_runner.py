@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.runners import MakeReference, Streams
+from compress.reading import MakeReference
+from compress.runners import Streams
 from compress.scores import log_softmax
 from serve.plan import Floats, Output, Plan
 

@@ -61,7 +61,7 @@ def test_the_reference_generates_what_was_called_identical() -> None:
 
 
 def test_figures_are_mean_median_and_share() -> None:
-    found = figures([10, 0, 5, 5], [[0] * 10, [0] * 10, [0] * 5, [0] * 6])
+    found = figures([(10, 10), (0, 10), (5, 5), (5, 6)])
     assert found.metrics == {"identical_length": 5, "identical_median": 5, "identical_share": 0.5}
     assert found.intervals.keys() == {"identical_length", "identical_share"}
 

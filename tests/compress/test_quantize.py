@@ -74,7 +74,8 @@ def test_every_recipe_publishes_a_whole_artifact(
     manifest = load(tmp_path / "tiny")
     assert (manifest.name, manifest.recipe.name, manifest.kv_cache) == ("small", recipe, kv)
     native = set() if recipe == "fp32" else {"model.native.onnx"}
-    assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"} | native
+    copied = {"tokenizer.json", "chat_template.jinja"}
+    assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "report.html"} | copied | native
     assert manifest.gate is not None
     assert (manifest.gate.passed, manifest.gate.forced) == (True, False)
     assert manifest.lineage.command.startswith("python -m compress quantize ")
@@ -252,7 +253,9 @@ def test_figures_that_are_no_numbers_cannot_be_forced(
     quantize: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The manifest could not hold them."""
-    monkeypatch.setattr("compress.gate.score", lambda runner, window, start, end: np.full((end - start, 512), np.nan))
+    monkeypatch.setattr(
+        "compress.reading.score", lambda runner, window, start, end: np.full((end - start, 512), np.nan)
+    )
     assert quantize(tmp_path / "tiny", "--force") == EXIT_GATE
     assert "perplexity is not a number" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 
 from compress.quantize import Options, quantize
-from compress.runners import score
+from compress.reading import score
 from proto.manifest import NATIVE_GRAPH, Manifest, load
 from serve.block_cache import BlockCache
 from serve.choices import Block, Choices
