@@ -2,9 +2,9 @@
 
 Writes random checkpoints that differ in their number of layers alone, one shard a layer, and quantizes each in a
 process of its own. A phase's figure is the most that was resident while it ran, mapped files included. `quantize`
-calibrates, rounds and writes; `reference` streams the float32 model over the held-out text; `gate` does so again and
-runs the artifact beside it, which maps its weights and, in the portable form, unpacks them. Prints a line a checkpoint,
-then the whole as JSON.
+calibrates, rounds and writes; `reference` streams the float32 model over the held-out text; `gate` does so twice, and
+runs the artifact's forms beside it, which map their weights and, in the portable form, unpack them. Prints a line a
+checkpoint, then the whole as JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from bench.machine import describe as describe_machine
 from compress.checkpoint import CONFIG, INDEX, Checkpoint
 from compress.decoder import build
 from compress.families import describe
-from compress.quantize import Options, corpora, make_treat, run_gate
+from compress.product_errors import ErrorMeter
+from compress.quantize import Options, corpora, examine_artifact, make_treat
 from compress.recipes import make_recipe
 from compress.reference import Reference
 from proto.manifest import TOKENIZER
@@ -87,10 +88,10 @@ def measure(source: Path, options: Options) -> dict[str, Any]:
                 checkpoint,
                 artifact,
                 recipe,
-                treat=make_treat(checkpoint, decoder, recipe, calibration, options, threads),
+                treat=make_treat(checkpoint, decoder, recipe, calibration, ErrorMeter(recipe), options, threads),
             ),
             "reference": lambda: Reference(checkpoint, decoder, held_out.windows, threads=threads),
-            "gate": lambda: run_gate(checkpoint, artifact, decoder, held_out, options, threads),
+            "gate": lambda: examine_artifact(checkpoint, artifact, decoder, held_out, threads),
         }
         return {name: peak_of(phase) for name, phase in phases.items()}
 

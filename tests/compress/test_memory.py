@@ -23,6 +23,7 @@ from compress.corpus import Corpus
 from compress.decoder import build
 from compress.families import describe
 from compress.levels import round_to_nearest
+from compress.product_errors import ErrorMeter
 from compress.recipes import make_recipe
 from compress.reference import Reference
 
@@ -31,7 +32,7 @@ checkpoint = Checkpoint(Path(sys.argv[1]))
 decoder = describe(checkpoint)
 corpus = Corpus([list(range(64))] * 2, "")
 recipe = make_recipe("w8a8", decoder)
-treat = quantize.make_treat(checkpoint, decoder, recipe, corpus, quantize.Options(), 1)
+treat = quantize.make_treat(checkpoint, decoder, recipe, corpus, ErrorMeter(recipe), quantize.Options(), 1)
 build(checkpoint, Path(sys.argv[2]), recipe, treat=treat)
 Reference(checkpoint, decoder, corpus.windows, threads=1).log_probabilities(0, 0, 64)
 (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -54,5 +55,6 @@ def start(directory: Path, num_layers: int) -> subprocess.Popen[str]:
 
 def test_memory_grows_with_the_largest_layer_not_with_the_model(tmp_path: Path) -> None:
     processes = [start(tmp_path / str(num_layers), num_layers) for num_layers in (2, 8)]
-    few, many = (1024 * int(process.communicate()[0]) for process in processes)
+    outputs = [process.communicate()[0] for process in processes]
+    few, many = (1024 * int(output) for output in outputs)
     assert many - few < LAYER_BYTES, f"{many - few:,} bytes more for six layers of {LAYER_BYTES:,}"
