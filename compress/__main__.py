@@ -16,6 +16,7 @@ from compress.recipes import RECIPES
 from compress.summary import limited_figures, summarize
 from proto.manifest import ManifestError, load
 from serve.machine import cpu_quota
+from train.errors import TrainError
 
 EXIT_USAGE = 2
 EXIT_GATE = 3
@@ -80,7 +81,7 @@ def main() -> int:
     except GateFailed as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_GATE
-    except (CheckpointError, ImportBaseError, ManifestError, ValueError, OSError) as error:
+    except (CheckpointError, ImportBaseError, ManifestError, TrainError, ValueError, OSError) as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0

@@ -50,7 +50,7 @@ class Checkpoint:
         return frozenset(self._files)
 
     def read(self, name: str) -> Floats:
-        """One tensor as float32, a fresh array that the caller owns."""
+        """One tensor as float32, a fresh array that the caller owns. Refuses NaN and infinity."""
         if name not in self._files:
             raise CheckpointError(
                 f"{self.path} has no tensor {name}. The checkpoint is incomplete or not of the architecture that its "
@@ -68,7 +68,16 @@ class Checkpoint:
                 tensor: NDArray[Any] = file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}. Fetch the file again.") from error
-        return tensor.astype(np.float32, copy=False)
+        values: Floats = tensor.astype(np.float32, copy=False)
+        # Least and largest tell of NaN too, and need no memory, as a mask would.
+        if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            wrong = ~np.isfinite(values)
+            first = np.argwhere(wrong)[0].tolist()
+            raise CheckpointError(
+                f"{path}: {int(wrong.sum()):,} of the {values.size:,} values of tensor {name} are not finite, such as "
+                f"{values[tuple(first)]} at {first}. Give a checkpoint from before the training diverged."
+            )
+        return values
 
     @cached_property
     def digest(self) -> str:

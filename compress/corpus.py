@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
+from typing import Literal
 
 from serve.tokenizer import Tokenizer
 
@@ -22,6 +23,9 @@ DOCUMENT_CHARACTERS = 6000
 MIN_DOCUMENT_CHARACTERS = 1500
 CHAT_EVERY = 3
 HELD_OUT_SHARE = 3  # one document in three is held out
+
+
+Side = Literal["calibration", "held-out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,10 @@ def split_texts(text: str) -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i % HELD_OUT_SHARE != HELD_OUT_SHARE - 1], held_out
 
 
-def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, *, num_windows: int, window: int) -> Corpus:
+def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, side: Side, *, num_windows: int, window: int) -> Corpus:
     """`num_windows` windows of `window` tokens, one from each document, in a shuffled fixed order.
 
-    Raises ValueError if the text is too short for a single window.
+    Raises ValueError if the text gives fewer.
     """
     order = list(texts)
     random.Random(0).shuffle(order)
@@ -71,7 +75,10 @@ def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, *, num_windows: int,
         tokens = tokenizer.encode(text)
         if len(tokens) >= window:
             windows.append(tokens[:window])
-    if not windows:
-        raise ValueError(f"no document of the text has {window} tokens; supply longer text, or a smaller --window")
+    if len(windows) < num_windows:
+        raise ValueError(
+            f"the {side} text has {len(windows)} documents of at least {window} tokens, and --{side}-windows asks for "
+            f"{num_windows}; give longer text, or less of --{side}-windows or --window"
+        )
     digest = hashlib.sha256("\0".join(order).encode()).hexdigest()
     return Corpus(windows, digest)

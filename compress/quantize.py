@@ -9,8 +9,6 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from compress import speed
+from compress.artifact_folder import artifact_folder, copy_tokenizer
 from compress.budget import default_budget, parse
 from compress.calibration import Activations, Calibration
-from compress.checkpoint import Checkpoint, Floats
+from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import WeightHook
 from compress.corpus import Corpus, default_texts, make_corpus, split_texts
 from compress.decoder import build
@@ -43,10 +42,8 @@ from compress.summary import limited_figures
 from compress.treatment import Treat, Treatment, leave
 from compress.weights import Weights
 from proto.manifest import (
-    CHAT_TEMPLATE,
     FORMAT_VERSION,
     MANIFEST,
-    TOKENIZER,
     Architecture,
     Form,
     GateReport,
@@ -58,6 +55,7 @@ from proto.manifest import (
     list_files,
 )
 from serve.tokenizer import Tokenizer
+from train.folders import refuse_existing
 
 TOOLS = ("onnx", "onnxruntime", "numpy", "safetensors")
 
@@ -99,22 +97,24 @@ class Options:
 def quantize(source: Path, target: Path, options: Options, *, command: str, threads: int) -> Manifest:
     """Make the artifact `target` from the Hugging Face directory `source`.
 
-    Raises CheckpointError or ValueError for bad input, FileExistsError if `target` is there, and GateFailed.
+    Raises CheckpointError or ValueError for bad input, TrainError if `target` is there, OSError that names the room if
+    it does not suffice, and GateFailed.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or name another output")
+    refuse_existing(target)
     checkpoint = Checkpoint(source)
     decoder = describe(checkpoint)
     if options.window > decoder.max_position:
         raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
     recipe = make_recipe(options.recipe, decoder)
     budget = parse(options.gate) if options.gate else default_budget(recipe)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        artifact = Path(temporary) / "artifact"
-        artifact.mkdir(mode=0o755)
-        copy_tokenizer(source, artifact)
-        calibration, held_out = corpora(options, Tokenizer(artifact))
+    with artifact_folder(target) as artifact:
+        tokenizer = copy_tokenizer(source, artifact)
+        if tokenizer.vocab_size > decoder.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer of {source} has {tokenizer.vocab_size:,} tokens, and the model {decoder.vocab_size:,}: "
+                "they are not of one model. Fetch both again."
+            )
+        calibration, held_out = corpora(options, tokenizer)
         meter = ErrorMeter(recipe)
         treat = make_treat(checkpoint, decoder, recipe, calibration, meter, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
@@ -148,18 +148,16 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
         write_report(artifact, manifest, gate, evidence, decoder, meter.errors)
         manifest = msgspec.structs.replace(manifest, files=list_files(artifact))
         (artifact / MANIFEST).write_bytes(encode(manifest))
-        artifact.rename(target)
     return manifest
 
 
 def corpora(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """Calibration and held-out windows."""
     sides = split_texts(read_text(options.text)) if options.text else default_texts()
-    counts = (options.calibration_windows, options.held_out_windows)
-    first, second = (
-        make_corpus(texts, tokenizer, num_windows=count, window=options.window)
-        for texts, count in zip(sides, counts, strict=True)
+    first = make_corpus(
+        sides[0], tokenizer, "calibration", num_windows=options.calibration_windows, window=options.window
     )
+    second = make_corpus(sides[1], tokenizer, "held-out", num_windows=options.held_out_windows, window=options.window)
     return first, second
 
 
@@ -243,16 +241,3 @@ def with_serving(
     """The report with what serving each form takes here."""
     serving = {form: speed.measure(artifact, architecture, form, threads) for form in forms}
     return msgspec.structs.replace(gate, machine=speed.machine(threads), serving=serving)
-
-
-def copy_tokenizer(source: Path, artifact: Path) -> None:
-    """The tokenizer and, if the model chats, its template, from where transformers keeps them."""
-    if not (source / TOKENIZER).is_file():
-        raise ValueError(f"{source} has no {TOKENIZER}; save it with a fast tokenizer")
-    shutil.copyfile(source / TOKENIZER, artifact / TOKENIZER)
-    template = source / CHAT_TEMPLATE
-    config = source / "tokenizer_config.json"
-    if template.is_file():
-        shutil.copyfile(template, artifact / CHAT_TEMPLATE)
-    elif config.is_file() and isinstance(text := msgspec.json.decode(config.read_bytes()).get("chat_template"), str):
-        (artifact / CHAT_TEMPLATE).write_text(text)

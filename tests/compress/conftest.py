@@ -1,7 +1,8 @@
-"""Tiny random models of every family, and a bare loop over the graphs made from them."""
+"""Tiny random models of every family, a bare loop over the graphs made from them, and the command over one of them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from compress.__main__ import main
 from compress.checkpoint import Checkpoint
 from compress.decoder import build
 from compress.precisions import FLOAT
 from proto.manifest import Architecture, Recipe
+from tests.serve.tiny import TEXT, make_checkpoint
 
 VOCAB = 160
 ROPE = {
@@ -39,6 +42,9 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "gpt2": (transformers.GPT2Config, GPT2),
 }
 FP32 = Recipe(name="fp32", default=FLOAT)
+SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
+
+Run = Callable[..., int]
 
 
 def make_model(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
@@ -144,3 +150,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PreTra
 @pytest.fixture(scope="session")
 def reference() -> Callable[[PreTrainedModel, Sequence[int]], NDArray[np.float32]]:
     return expected_logits
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantize") / "checkpoint"
+    make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 4)
+    return path
+
+
+@pytest.fixture
+def compress(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`python -m compress ...` in this process; gives the exit status."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+@pytest.fixture
+def quantize(compress: Run, checkpoint: Path, text: Path) -> Run:
+    def run(output: Path, *flags: str, source: Path = checkpoint) -> int:
+        given = ["--text", text, "--threads", "2", "--no-measure", *SMALL, *flags]
+        return compress("quantize", source, "-o", output, *given)
+
+    return run

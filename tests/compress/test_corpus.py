@@ -8,10 +8,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from compress.corpus import DOCUMENT_CHARACTERS, MIN_DOCUMENT_CHARACTERS, default_texts, make_corpus, split_texts
+from compress.corpus import DOCUMENT_CHARACTERS, MIN_DOCUMENT_CHARACTERS, Side, default_texts, make_corpus, split_texts
 from serve.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+CALIBRATION: Side = "calibration"
 TEXTS = [f"document {number} " + f"{chr(ord('a') + number)} " * 150 for number in range(9)]
 
 
@@ -50,7 +51,7 @@ def test_supplied_text_is_split_without_overlap_or_loss(num_documents: int) -> N
 
 
 def test_windows_are_of_one_length_from_different_documents(tokenizer: Tokenizer) -> None:
-    corpus = make_corpus(TEXTS, tokenizer, num_windows=5, window=100)
+    corpus = make_corpus(TEXTS, tokenizer, CALIBRATION, num_windows=5, window=100)
     assert [len(window) for window in corpus.windows] == [100] * 5
     assert len({tuple(window) for window in corpus.windows}) == 5
     starts = [text[:40] for text in TEXTS]
@@ -58,26 +59,29 @@ def test_windows_are_of_one_length_from_different_documents(tokenizer: Tokenizer
 
 
 def test_the_same_text_gives_the_same_windows_and_digest(tokenizer: Tokenizer) -> None:
-    first, again = (make_corpus(TEXTS, tokenizer, num_windows=4, window=64) for _ in range(2))
+    first, again = (make_corpus(TEXTS, tokenizer, CALIBRATION, num_windows=4, window=64) for _ in range(2))
     assert first == again
-    changed = make_corpus([*TEXTS[:-1], TEXTS[-1] + "!"], tokenizer, num_windows=4, window=64)
+    changed = make_corpus([*TEXTS[:-1], TEXTS[-1] + "!"], tokenizer, CALIBRATION, num_windows=4, window=64)
     assert changed.digest != first.digest
 
 
 def test_one_document_in_three_is_an_answer_where_the_model_chats(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, template=TEMPLATE)
-    texts = [tokenizer.decode(w) for w in make_corpus(TEXTS, tokenizer, num_windows=9, window=100).windows]
+    texts = [tokenizer.decode(w) for w in make_corpus(TEXTS, tokenizer, CALIBRATION, num_windows=9, window=100).windows]
     chats = [text for text in texts if text.startswith("[user]Write about: document")]
     assert len(chats) == 3
     assert all("[assistant]document" in text for text in chats)
 
 
 def test_documents_shorter_than_a_window_are_left_out(tokenizer: Tokenizer) -> None:
-    corpus = make_corpus(["short", *TEXTS[:2], "too short"], tokenizer, num_windows=4, window=200)
-    assert len(corpus.windows) == 2
+    texts = ["short", *TEXTS[:2], "too short"]
+    assert len(make_corpus(texts, tokenizer, CALIBRATION, num_windows=2, window=200).windows) == 2
+    with pytest.raises(ValueError, match="the calibration text has 2 documents of at least 200 tokens") as told:
+        make_corpus(texts, tokenizer, CALIBRATION, num_windows=3, window=200)
+    assert "--calibration-windows asks for 3; give longer text, or less" in str(told.value)
 
 
 @pytest.mark.parametrize("texts", [[], ["short"], ["x" * 199]])
-def test_too_short_text_is_refused(texts: list[str], tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="no document of the text has 200 tokens; supply longer text"):
-        make_corpus(texts, tokenizer, num_windows=1, window=200)
+def test_text_without_a_window_is_refused(texts: list[str], tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="the held-out text has 0 documents of at least 200 tokens"):
+        make_corpus(texts, tokenizer, "held-out", num_windows=1, window=200)

@@ -4,60 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from compress.__main__ import EXIT_GATE, EXIT_USAGE, main, parser
+from compress.__main__ import EXIT_GATE, EXIT_USAGE, parser
 from compress.budget import STRICT, WIDE, parse
 from compress.precisions import W4A8_ROTATED, W8A8_ROTATED
 from compress.quantize import Options
 from compress.recipes import RECIPES
 from proto.manifest import Manifest, Precision, load
-from tests.serve.tiny import TEXT, make_checkpoint
-
-SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
-
-Run = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("quantize") / "checkpoint"
-    make_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 4)
-    return path
-
-
-@pytest.fixture
-def compress(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`python -m compress ...` in this process; gives the exit status."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        return main()
-
-    return run
-
-
-@pytest.fixture
-def quantize(compress: Run, checkpoint: Path, text: Path) -> Run:
-    def run(output: Path, *flags: str, source: Path = checkpoint) -> int:
-        given = ["--text", text, "--threads", "2", "--no-measure", *SMALL, *flags]
-        return compress("quantize", source, "-o", output, *given)
-
-    return run
-
+from tests.compress.conftest import Run
 
 # A random model is far from robust: let it through, to see what is published then.
 EASY = ("--gate", "ppl<=9, kl<=9, agreement>=0%")
@@ -172,15 +131,6 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(
     message = capsys.readouterr().err
     assert "model_type 'mamba' is not supported. Supported are gpt2, llama, mistral, qwen2, qwen3" in message
     assert not (tmp_path / "tiny").exists()
-
-
-def test_too_short_text_is_refused_and_leaves_nothing(
-    quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "short.txt").write_text("Too short.")
-    assert quantize(tmp_path / "tiny", "--text", str(tmp_path / "short.txt")) == EXIT_USAGE
-    assert "no document of the text has 64 tokens" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_what_is_no_checkpoint_and_no_artifact_is_told(
