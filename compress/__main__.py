@@ -1,4 +1,4 @@
-"""`python -m compress`: import-base, quantize, inspect."""
+"""`python -m compress`: import-base, quantize, inspect, compare."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from compress.base_model import ImportBaseError, import_base
 from compress.budget import STRICT
 from compress.checkpoint import CheckpointError
+from compress.compare import CompareOptions, compare
+from compress.compare_page import to_page, to_text
 from compress.quantize import GateFailed, Options, quantize
 from compress.recipes import RECIPES
 from compress.summary import limited_figures, summarize
 from proto.manifest import ManifestError, load
 from serve.machine import cpu_quota
 from train.errors import TrainError
+from train.flags import add_flags, from_flags
 
 EXIT_USAGE = 2
 EXIT_GATE = 3
@@ -55,11 +58,29 @@ def parser() -> argparse.ArgumentParser:
     ):
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")
-    make.add_argument("--threads", type=int, default=0, help="compute threads; 0: the CPU quota (default: %(default)s)")
+    add_threads(make)
 
     show = commands.add_parser("inspect", help="summarize an artifact")
     show.add_argument("artifact", type=Path)
+
+    both = commands.add_parser("compare", help="put two artifacts side by side")
+    both.add_argument("first", type=Path, help="artifact")
+    both.add_argument("second", type=Path, help="artifact that is compared with it")
+    add_flags(both, CompareOptions)
+    add_threads(both)
     return top
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=int, default=0, help="compute threads; 0: the CPU quota (default: %(default)s)"
+    )
+
+
+def threads_of(args: argparse.Namespace) -> int:
+    if args.threads < 0:
+        raise ValueError(f"--threads {args.threads} is negative; give 0 for the CPU quota")
+    return args.threads or cpu_quota()[0]
 
 
 def main() -> int:
@@ -69,13 +90,16 @@ def main() -> int:
             import_base(args.directory, args.gguf)
         elif args.command == "inspect":
             print(summarize(load(args.artifact)))
+        elif args.command == "compare":
+            asked = from_flags(CompareOptions, args)
+            found = compare(args.first, args.second, asked, threads=threads_of(args))
+            print(to_text(found))
+            if asked.output:
+                asked.output.write_text(to_page(found), encoding="utf-8")
         else:
             options = Options(**{item.name: getattr(args, item.name) for item in fields(Options)})
             command = "python -m compress " + shlex.join(sys.argv[1:])
-            if args.threads < 0:
-                raise ValueError(f"--threads {args.threads} is negative; give 0 for the CPU quota")
-            threads = args.threads or cpu_quota()[0]
-            manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads)
+            manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads_of(args))
             verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"
             print(f"{args.output} {verdict}: {limited_figures(manifest.gate) if manifest.gate else ''}")
     except GateFailed as error:

@@ -25,7 +25,7 @@ MIB = 1 << 20
 Forms = Mapping[Name, Sequence[Table]]  # form -> scores by window, as in compress/scores.py
 
 
-def perplexities(reference: Sequence[Table], forms: Forms[Name]) -> str:
+def perplexities(reference: Sequence[Table], forms: Forms[Name], label: str = "perplexity of the float32 model") -> str:
     """A point for each window: how much the artifact loses, by how hard the text is."""
     exact = [float(np.exp(table[:, NLL].mean())) for table in reference]
     series = {
@@ -34,13 +34,13 @@ def perplexities(reference: Sequence[Table], forms: Forms[Name]) -> str:
     }
     changes = [change for values in series.values() for change in values]
     plot = Plot(
-        axis_for(exact, "perplexity of the float32 model", is_log=True),
+        axis_for(exact, label, is_log=True),
         axis_for([0.0, *changes], "change", write=percent),
     )
     plot.line([(plot.x.low, 0.0), (plot.x.high, 0.0)], "axis")
     for at, (form, values) in enumerate(series.items()):
         titles = [
-            f"window {i}, {form}: perplexity {x * (1 + change):.2f}, float32 {x:.2f}, {100 * change:+.2f} %"
+            f"window {i}, {form}: perplexity {x * (1 + change):.2f}, reference {x:.2f}, {100 * change:+.2f} %"
             for i, (x, change) in enumerate(zip(exact, values, strict=True))
         ]
         plot.points(list(zip(exact, values, strict=True)), f"c{at}", titles)
@@ -123,7 +123,7 @@ def precisions(recipe: Recipe, products: Sequence[str], names: Sequence[str]) ->
         name = name_of(precision_of(recipe, product))
         return Cell(f"{product}: {name}", f"p{names.index(name)}")
 
-    return grid(_by_role(products, cell), "Precision of each product", "layer")
+    return grid(_by_role(products, cell), "Precision of each product", "layer", width=460)
 
 
 def sizes(parts: Mapping[str, Part]) -> str:

@@ -36,6 +36,16 @@ class Corpus:
     digest: str
 
 
+def sides_of(path: Path | None) -> tuple[list[str], list[str]]:
+    """(calibration documents, held-out documents) of a file, or of the default. Raises ValueError if it is no UTF-8."""
+    if path is None:
+        return default_texts()
+    try:
+        return split_texts(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} is not UTF-8: {error}") from error
+
+
 def default_texts() -> tuple[list[str], list[str]]:
     """(calibration documents, held-out documents) in a fixed order."""
     documents = {f"topic/{name}": text for name, text in topics.topics.items()}

@@ -24,7 +24,7 @@ from compress.budget import default_budget, parse
 from compress.calibration import Activations, Calibration
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import WeightHook
-from compress.corpus import Corpus, default_texts, make_corpus, split_texts
+from compress.corpus import Corpus, make_corpus, sides_of
 from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import Evidence, examine, judge
@@ -153,19 +153,12 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
 
 def corpora(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """Calibration and held-out windows."""
-    sides = split_texts(read_text(options.text)) if options.text else default_texts()
+    for_calibration, held_out = sides_of(options.text)
     first = make_corpus(
-        sides[0], tokenizer, "calibration", num_windows=options.calibration_windows, window=options.window
+        for_calibration, tokenizer, "calibration", num_windows=options.calibration_windows, window=options.window
     )
-    second = make_corpus(sides[1], tokenizer, "held-out", num_windows=options.held_out_windows, window=options.window)
+    second = make_corpus(held_out, tokenizer, "held-out", num_windows=options.held_out_windows, window=options.window)
     return first, second
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path} is not UTF-8: {error}") from error
 
 
 def make_treat(

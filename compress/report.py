@@ -11,6 +11,7 @@ from markupsafe import Markup
 from compress import charts
 from compress.budget import Budget
 from compress.families import Decoder
+from compress.figures import NAMES, write
 from compress.gate import Evidence
 from compress.pages import render
 from compress.precisions import name_of, precision_of
@@ -18,18 +19,6 @@ from compress.product_errors import ProductError
 from compress.sizes import parts_of
 from compress.summary import shape, verdict
 from proto.manifest import REPORT, Form, GateReport, Manifest
-
-NAMES = {  # of figures, for people, in the order of the table
-    "perplexity": "perplexity",
-    "perplexity_ratio": "perplexity, change",
-    "kl": "KL divergence, nats a token",
-    "greedy_agreement": "most probable token agrees",
-    "accuracy": "next token found",
-    "accuracy_change": "next token found, change",
-    "identical_length": "identical greedy tokens, mean",
-    "identical_median": "identical greedy tokens, median",
-    "identical_share": "greedy answers identical to their end",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +92,6 @@ def row(gate: GateReport, forms: Sequence[Form], figure: str) -> Row:
         holds = limit is None or not Budget({figure: limit}).failures(*own)
         cells.append(Cell(write(figure, gate.metrics[name]), text, holds))
     return Row(NAMES[figure], "" if limit is None else write(figure, limit), cells)
-
-
-def write(figure: str, value: float) -> str:
-    """A figure for people: changes and shares in percent."""
-    match figure:
-        case "perplexity_ratio":
-            return f"{100 * (value - 1):+.2f} %"
-        case "accuracy_change":
-            return f"{100 * value:+.2f} %"
-        case "greedy_agreement" | "accuracy":
-            return f"{100 * value:.2f} %"
-        case "identical_share":
-            return f"{100 * value:.0f} %"
-        case "kl":
-            return f"{value:.5f}"
-        case "perplexity":
-            return f"{value:.3f}"
-    return f"{value:.1f}"
 
 
 def origin(manifest: Manifest) -> list[tuple[str, str]]:

@@ -19,7 +19,8 @@ Tokens = NDArray[np.int64]
 Table = NDArray[np.float64]
 
 NLL, KL, AGREES, CORRECT = range(4)  # columns of the scores of a window [positions, 4]
-TOKENS, REFERENCE, CANDIDATE = 0, 1, 5  # where they begin in the sums that figures are made of
+WIDTH = 4
+TOKENS, REFERENCE, CANDIDATE = 0, 1, 1 + WIDTH  # where they begin in the sums that figures are made of
 SEED = 0
 DIGITS = 6  # of a figure, significant
 

@@ -29,10 +29,10 @@ class Part:
         return 8 * self.size_bytes / self.num_weights if self.num_weights else math.nan
 
 
-def parts_of(directory: Path, decoder: Decoder) -> dict[str, Part]:
+def parts_of(directory: Path, decoder: Decoder | None = None) -> dict[str, Part]:
     """By role: `qkv`, `o`, ... of all layers together, `head`, `embedding`, and the rest.
 
-    Scales, zeros and padding count with the weights.
+    Scales, zeros and padding count with the weights, whose number only the decoder knows.
     """
     parts: dict[str, Part] = {}
     for constant in onnx.load(directory / GRAPH, load_external_data=False).graph.initializer:
@@ -40,7 +40,8 @@ def parts_of(directory: Path, decoder: Decoder) -> dict[str, Part]:
         found = PRODUCT.fullmatch(constant.name)
         size = int(external["length"]) if external else constant.ByteSize()
         parts.setdefault(found[1] if found else OTHER, Part()).size_bytes += size
-    for role in parts.keys() - {OTHER}:
-        num_outputs, num_inputs = decoder.shape("head" if role == "embedding" else role)
-        parts[role].num_weights = num_outputs * num_inputs * (1 if role in ONCE else decoder.num_layers)
+    if decoder:
+        for role in parts.keys() - {OTHER}:
+            num_outputs, num_inputs = decoder.shape("head" if role == "embedding" else role)
+            parts[role].num_weights = num_outputs * num_inputs * (1 if role in ONCE else decoder.num_layers)
     return dict(sorted(parts.items(), key=lambda item: (item[0] == OTHER, -item[1].size_bytes)))

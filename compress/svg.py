@@ -153,7 +153,7 @@ def grid(rows: Sequence[tuple[str, Sequence[Cell]]], label: str, caption: str, w
 
 def bars(rows: Sequence[tuple[str, float, str]], label: str, width: float = 460.0) -> str:
     """A bar for each (name, value, how the value is written)."""
-    left, right, high = 84.0, 128.0, 26.0
+    left, right, high = 84.0, 168.0, 26.0
     most = max(value for _, value, _ in rows) or 1.0
     parts = []
     for i, (name, value, written) in enumerate(rows):

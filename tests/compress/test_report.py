@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.figures import NAMES, write
 from compress.quantize import Options, quantize
-from compress.report import NAMES, write
 from proto.manifest import REPORT, Manifest, load
 from tests.serve.tiny import TEXT, make_checkpoint
 
