@@ -26,15 +26,19 @@ def prompts_of(windows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(window[: min(PROMPT, len(window) // 2)]) for window in windows]
 
 
-def generate(streams: Streams, prompts: Sequence[Sequence[int]], eos: Sequence[int]) -> list[list[int]]:
+def generate(
+    streams: Streams, prompts: Sequence[Sequence[int]], eos: Sequence[int], length: int = LENGTH
+) -> list[list[int]]:
     """The most probable continuation of each prompt, with its end-of-sequence token if it comes to that."""
     found: list[list[int]] = []
     for start in range(0, len(prompts), len(streams.tables)):
-        found += _generate_batch(streams, prompts[start : start + len(streams.tables)], eos)
+        found += _generate_batch(streams, prompts[start : start + len(streams.tables)], eos, length)
     return found
 
 
-def _generate_batch(streams: Streams, prompts: Sequence[Sequence[int]], eos: Sequence[int]) -> list[list[int]]:
+def _generate_batch(
+    streams: Streams, prompts: Sequence[Sequence[int]], eos: Sequence[int], length: int
+) -> list[list[int]]:
     """At most a prompt for each stream."""
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
@@ -45,15 +49,15 @@ def _generate_batch(streams: Streams, prompts: Sequence[Sequence[int]], eos: Seq
         output = streams.runner.run(plan)
         for i, row in zip(running, output.rows, strict=True):
             answers[i].append(int(output.logits[row].argmax()))
-        running = [i for i in running if answers[i][-1] not in eos and _room(streams, prompts[i], answers[i])]
+        running = [
+            i
+            for i in running
+            if answers[i][-1] not in eos and len(answers[i]) < min(length, streams.capacity - len(prompts[i]))
+        ]
         plan = Plan()
         for i in running:
             plan.add(streams.tables[i], len(prompts[i]) + len(answers[i]) - 1, answers[i][-1:])
     return answers
-
-
-def _room(streams: Streams, prompt: Sequence[int], answer: Sequence[int]) -> int:
-    return min(LENGTH, streams.capacity - len(prompt)) - len(answer)
 
 
 def identical_lengths(

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from compress.gate import CHUNK, score
-from proto.manifest import NATIVE_GRAPH, load
-from serve.block_cache import blocks_for
-from serve.native import NativeUnavailable, library
-from serve.native_runner import NativeRunner
-from serve.plan import Plan, Runner
-from serve.runner import StockRunner, open_session
+from compress.generations import generate
+from compress.reading import CHUNK, score
+from compress.runners import forms_here, open_streams
+from proto.manifest import load
 from serve.tokenizer import Tokenizer
 from train.errors import TrainError
 from train.evaluation.targets import Likelihood, Passage, Prompt, Sampling
@@ -56,7 +53,10 @@ class ArtifactTarget:
         self._context = min(manifest.architecture.max_context, LARGEST_CONTEXT)
         self._eos = manifest.architecture.eos_token_ids
         self._tokenization = ArtifactTokenization(directory)
-        self._runner, self._tables, self._form = _open(directory, self._context, threads)
+        self._form = forms_here(directory)[0]  # the one that would be served here
+        self._streams = open_streams(
+            directory, self._form, manifest.architecture, streams=STREAMS, capacity=self._context, threads=threads
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"version": self._digest, "form": self._form, "context": self._context}
@@ -76,7 +76,8 @@ class ArtifactTarget:
         answers: list[list[int]] = []
         with tqdm(total=len(tokens), desc=f"{self._name}: answers", unit="prompt", disable=None) as bar:
             for start in range(0, len(tokens), STREAMS):
-                answers += self._answer(tokens[start : start + STREAMS], sampling.max_tokens)
+                batch = tokens[start : start + STREAMS]
+                answers += generate(self._streams, batch, self._eos, sampling.max_tokens)
                 bar.update(min(STREAMS, len(tokens) - start))
         return [self._tokenization.decode(answer) for answer in answers]
 
@@ -86,48 +87,8 @@ class ArtifactTarget:
             total = 0.0
             for start in range(0, len(window.tokens) - 1, CHUNK):
                 end = min(start + CHUNK, len(window.tokens) - 1)
-                rows = score(self._runner, window.tokens, start, end)
+                rows = score(self._streams.runner, window.tokens, start, end)
                 found = rows[np.arange(end - start), window.tokens[start + 1 : end + 1]]
                 total += float(found[max(0, window.first - 1 - start) :].sum(dtype=np.float64))
             sums.append(total)
         return sums
-
-    def _answer(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """At most STREAMS prompts at once."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        plan = Plan()
-        for table, prompt in zip(self._tables, prompts, strict=False):
-            plan.add(table, 0, prompt)
-        running = list(range(len(prompts)))
-        while running:
-            output = self._runner.run(plan)
-            for number, row in zip(running, output.rows, strict=True):
-                answers[number].append(int(output.logits[row].argmax()))
-            running = [
-                number
-                for number in running
-                if answers[number][-1] not in self._eos
-                and len(answers[number]) < min(max_tokens, self._context - len(prompts[number]))
-            ]
-            plan = Plan()
-            for number in running:
-                answer = answers[number]
-                plan.add(self._tables[number], len(prompts[number]) + len(answer) - 1, answer[-1:])
-        return answers
-
-
-def _open(directory: Path, capacity: int, threads: int) -> tuple[Runner, list[Sequence[int]], str]:
-    """The form that would be served here, with a cache for STREAMS sequences, and the blocks of each."""
-    architecture = load(directory).architecture
-    if (directory / NATIVE_GRAPH).exists():
-        try:
-            session = open_session(directory, threads, NATIVE_GRAPH, library())
-        except NativeUnavailable:
-            pass
-        else:
-            width = blocks_for(capacity)
-            native = NativeRunner(session, architecture, num_blocks=STREAMS * width, capacity=capacity)
-            return native, [range(i * width, (i + 1) * width) for i in range(STREAMS)], "native"
-    session = open_session(directory, threads)
-    stock = StockRunner(session, architecture, num_slots=STREAMS, capacity=capacity, max_rows=capacity)
-    return stock, [[slot] for slot in range(STREAMS)], "stock"
