@@ -11,7 +11,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus strace
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-system pretrain-demo bench lint proto clean
+.PHONY: help run test test-system pretrain-demo loop bench lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test-system: .venv/dev.stamp ## the tests that need Chromium, PostgreSQL, Promet
 
 pretrain-demo: .venv/train.stamp serve/kernels/build/stamp ## from Python's own library to a small model that is served, in some minutes
 	@$(PY) -m bench.pretrain_demo
+
+loop: .venv/deploy.stamp $(MODEL)/manifest.json ## people talk to the model and correct it, and it learns what they want: the whole circle, in some minutes
+	@$(PY) -m bench.feedback_loop --model $(MODEL)
 
 bench: .venv/dev.stamp $(MODEL)/manifest.json ## compare with llama.cpp, or PEERS="..."; NAME= names the file in bench/results
 	$(PY) -m bench --model $(MODEL) --peers $(PEERS) --out bench/results/$(NAME).json
