@@ -17,6 +17,7 @@ from train.flags import add_flags, from_flags
 COMMANDS = {
     "publish": ("deploy.commands", "copy an artifact into the registry, as a version that never changes"),
     "trial": ("deploy.commands", "give a version a share of the traffic, as the candidate"),
+    "canary": ("deploy.canary", "judge the version on trial by its answers, and promote, reject or roll back"),
     "promote": ("deploy.commands", "make a version current"),
     "reject": ("deploy.commands", "end the candidate's trial"),
     "rollback": ("deploy.commands", "go back to the version before the current one"),

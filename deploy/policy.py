@@ -1,4 +1,4 @@
-"""The policy of the retrain cycle: what it may do by itself, and what its candidate must show."""
+"""The policy: what retraining and trials may do by themselves, and what a candidate must show."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ class Gate(_Table, frozen=True):
 
 class Trial(_Table, frozen=True):
     share: Share
+    alpha: Annotated[float, Meta(gt=0, lt=1)]
+    error_increase: Annotated[float, Meta(ge=0, le=1)]
+    abort_increase: Annotated[float, Meta(ge=0, le=1)]
+    ttft_ratio: Annotated[float, Meta(ge=1)]
+    token_time_ratio: Annotated[float, Meta(ge=1)]
+    approval_loss: Annotated[float, Meta(ge=-2, le=2)]
+    settle_seconds: Annotated[float, Meta(ge=0)]
+    longest_hours: Annotated[float, Meta(gt=0)]
+    undecided: Literal["promote", "reject"]
+    watch_hours: Annotated[float, Meta(ge=0)]
 
 
 class Policy(_Table, frozen=True):

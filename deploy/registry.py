@@ -132,11 +132,17 @@ class Registry:
         why: str,
         share: float = 0.0,
         evidence: Evidence = None,
+        seen: State | None = None,
     ) -> State:
-        """Make a movement; what the registry is afterwards. Raises RegistryError if it cannot be made."""
+        """Make a movement; what the registry is afterwards. Raises RegistryError if it cannot be made.
+
+        A decision about what was `seen` is refused if another version is served or on trial by now.
+        """
         with self._place.lock("move"):
             before = self.state()
             self._point(before)
+            if seen is not None and (before.line, before.trial) != (seen.line, seen.trial):
+                raise RegistryError(f"the versions of {self.url} were moved meanwhile; look at them again")
             movement = Movement(
                 time=utc_now(), action=action, version=version, by=by, why=why, share=share, evidence=evidence
             )
