@@ -56,6 +56,16 @@ force = true
 
 [trial]
 share = 0.25
+alpha = 0.05
+error_increase = 0.05
+abort_increase = 0.05
+ttft_ratio = 1.5
+token_time_ratio = 1.5
+approval_loss = 0.0
+settle_seconds = 1.0
+longest_hours = 1.0
+undecided = "reject"
+watch_hours = 1.0
 """
 
 
