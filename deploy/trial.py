@@ -86,7 +86,7 @@ def rules(policy: Trial) -> dict[Name, Rule]:
         "aborts": Rule(1, policy.abort_increase),
         "ttft": Rule(most, math.log(policy.ttft_ratio), is_ratio=True),
         "token_time": Rule(most, math.log(policy.token_time_ratio), is_ratio=True),
-        "approval": Rule(2, -policy.approval_loss, least=True),
+        "approval": Rule(2, 0.0 - policy.approval_loss, least=True),
     }
 
 
@@ -117,7 +117,7 @@ def figure(new: str, stream: Sequence[Value], rule: Rule, alpha: float) -> Figur
     return Figure(
         new=means[0],
         old=means[1],
-        value=rule.shown(differences.mean()) if len(differences) else None,
+        value=rule.shown(float(differences.mean())) if len(differences) else None,
         low=rule.shown(low),
         high=rule.shown(high),
         limit=rule.spell(),

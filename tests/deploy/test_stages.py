@@ -109,6 +109,8 @@ def test_flags_are_written_as_the_commands_read_them() -> None:
         ("share = 0.1", "missing required field `share`"),
         ('objective = "sft"', "objective = None"),
         ("safety_tokens = 64", "safety_tokens"),
+        ("approval_loss = 0.05", "missing required field `approval_loss`"),
+        ('undecided = "reject"', "missing required field `undecided`"),
     ],
 )
 def test_a_policy_must_say_everything(change: str, message: str, tmp_path: Path) -> None:
