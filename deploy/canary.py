@@ -190,7 +190,7 @@ def run(options: Options) -> int:
             try:
                 look(canary, options.dry_run)
             except (DeployError, RegistryError, OSError) as error:
-                say(f"{error}")  # a database that is away, or somebody who moved versions meanwhile: look again
+                say(str(error))  # a database that is away, or somebody who moved versions meanwhile: look again
             ended.wait(options.watch)
     finally:
         for number, handler in earlier.items():
@@ -204,16 +204,17 @@ def look(canary: Canary, dry_run: bool) -> int:
     state = canary.registry.state()
     try:
         for decision in canary.decide(state, utc_now()):
-            evidence = decision.evidence
+            kind, new, old = decision.evidence.kind, decision.evidence.new, decision.evidence.old
             if dry_run:
-                print(evidence.table())
+                print(decision.evidence.table())
+                print(f"this would {decision.action}" if decision.action else f"the {kind} goes on")
             else:
                 canary.act(decision, state)
-            says = decision.action or f"the {evidence.kind} goes on"
-            say(f"{says}: {evidence.new[:12]} against {evidence.old[:12]}: {decision.why}")
+                what = decision.action or f"the {kind} goes on"
+                say(f"{what}: {new[:12]} against {old[:12]}: {decision.why}")
             if decision.action is not None:
                 return 0 if decision.action == "promote" else EXIT_REFUSED
-            status = EXIT_OPEN if evidence.kind == "trial" else status
+            status = EXIT_OPEN if kind == "trial" else status
     except StoreError as error:
         raise DeployError(str(error)) from error
     return status

@@ -213,6 +213,7 @@ def test_a_dry_run_shows_the_figures_and_moves_nothing(world: World, capsys: pyt
     assert lines[0].startswith(f"trial of {world.new[:12]} (new) against {world.old[:12]} (old), 0.278 hours")
     assert [line.split()[0] for line in lines[3:8]] == ["errors", "aborts", "ttft", "token_time", "approval"]
     assert {line.split()[-1] for line in lines[3:8]} == {"kept"}
+    assert lines[8:] == ["this would promote"]
 
 
 def test_nothing_to_do_is_nothing_done(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
