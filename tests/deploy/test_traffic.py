@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.postgres import Postgres, running
 from deploy.traffic import NAMES, Streams, approval, read_traffic, seek
 from proto.records import Feedback, Interaction
-from serve.sqlite_store import SqliteStore
-from serve.store import Store
+from serve.store import Store, open_store
 from tests.deploy.talk import Clock, answer, said
 
 OLD, NEW, OTHER = "0" * 64, "1" * 64, "2" * 64
 SETTLE = 60.0
+_NUMBERS = count(1)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = SqliteStore(tmp_path / "records.sqlite")
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.system)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "sqlite":
+        url = str(tmp_path / "records.sqlite")
+    else:
+        url = request.getfixturevalue("postgres").create(f"traffic_{next(_NUMBERS)}")
+    store = open_store(url)
     store.open()
     yield store
     store.close()
