@@ -47,7 +47,7 @@ recipe = "w8a8"
 text = "{text}"
 window = 64
 calibration_windows = 2
-held_out_windows = 1
+held_out_windows = 2
 calibration_rows = 32
 force = true
 

@@ -39,7 +39,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize(
         root / "checkpoint",
         root / "artifact",
-        Options(text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=1, force=True, name="tiny"),
+        Options(text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=2, force=True, name="tiny"),
         command="test",
         threads=1,
     )
