@@ -29,14 +29,14 @@ FEEDBACK = "feedback.parquet"
 PAGE_ROWS = 1024
 (RECORDS,) = (item.default for item in fields(Settings) if item.name == "records")  # where the server keeps them
 
-_TEXT, _COUNT, _SECONDS = pa.string(), pa.int64(), pa.float64()
+_TEXT, _COUNT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 # JSON where the record holds objects. A value lies in the column of its type.
 INTERACTION_SCHEMA = pa.schema(
     {
         **dict.fromkeys(("id", "created", "model", "model_digest", "endpoint", "messages"), _TEXT),
         **dict.fromkeys(("prompt", "completion", "params"), _TEXT),
         **dict.fromkeys(("prompt_tokens", "completion_tokens", "cached_tokens"), _COUNT),
-        **dict.fromkeys(("ttft_seconds", "duration_seconds"), _SECONDS),
+        **dict.fromkeys(("ttft_seconds", "duration_seconds", "mean_logprob"), _FLOAT),
         **dict.fromkeys(("finish_reason", "subject", "request_id"), _TEXT),
     }
 )

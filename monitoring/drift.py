@@ -56,9 +56,10 @@ class Drift:
     bars: tuple[Bar, ...] = ()
 
 
-NUMBERS: dict[str, Callable[[Window], Sequence[int]]] = {
+NUMBERS: dict[str, Callable[[Window], Sequence[float]]] = {
     "prompt_tokens": lambda window: window.prompt_tokens,
     "completion_tokens": lambda window: window.completion_tokens,
+    "mean_logprob": lambda window: window.mean_logprobs,
 }
 RATES: dict[str, Callable[[Window], Sequence[bool]]] = {
     "refusals": lambda window: window.refusals,
@@ -87,10 +88,12 @@ def compare(reference: Window, current: Window) -> list[Drift]:
 
 
 def numbers_drift(figure: str, reference: Sequence[float], current: Sequence[float]) -> Drift:
-    edges = np.unique(np.quantile(reference, np.linspace(0, 1, BINS + 1)[1:-1]))
+    """The first bin is what no value of the reference was as low as."""
+    least = min(reference)
+    tenths = np.unique(np.quantile(reference, np.linspace(0, 1, BINS + 1)[1:-1]))
+    edges = np.concatenate([[np.nextafter(least, -np.inf)], tenths])
     places = [np.searchsorted(edges, values, side="left") for values in (reference, current)]
-    bounds = [f"{edge:g}" for edge in edges]
-    labels = ["all"] if not bounds else [f"to {bounds[0]}", *(f"to {b}" for b in bounds[1:]), f"over {bounds[-1]}"]
+    labels = [f"under {least:g}", *(f"to {edge:g}" for edge in tenths), f"over {tenths[-1]:g}"]
     return _psi_drift(figure, places[0], places[1], labels, float(np.mean(reference)), float(np.mean(current)))
 
 

@@ -14,7 +14,8 @@ import py3langid
 import pyarrow.parquet as pq
 
 INTERACTIONS, FEEDBACK = "interactions.parquet", "feedback.parquet"  # as `python -m deploy snapshot` names them
-COLUMNS = ["id", "created", "messages", "prompt", "completion", "prompt_tokens", "completion_tokens", "finish_reason"]
+COLUMNS = ["id", "created", "messages", "prompt", "completion", "prompt_tokens", "completion_tokens", "mean_logprob"]
+COLUMNS += ["finish_reason"]
 LEAST_LETTERS = 40  # of a text, for its language to be told
 
 # How answers begin that do not answer; English alone.
@@ -35,6 +36,7 @@ class Window:
 
     prompt_tokens: list[int]
     completion_tokens: list[int]
+    mean_logprobs: list[float]  # of the answers that were watched
     languages: list[str] = field(repr=False)  # of the prompts that have one
     refusals: list[bool]  # of the answers whose text is kept
     empty: list[bool]  # of the same
@@ -68,6 +70,7 @@ def read_window(folder: Path, since: str = "", until: str = "") -> Window:
     return Window(
         prompt_tokens=[row["prompt_tokens"] for row in rows],
         completion_tokens=[row["completion_tokens"] for row in rows],
+        mean_logprobs=[row["mean_logprob"] for row in rows if row["mean_logprob"] is not None],
         languages=languages([text for row in rows if (text := last_question(row))]),
         refusals=[REFUSAL.match(answer) is not None for answer in answers],
         empty=[not answer.strip() for answer in answers],

@@ -1177,7 +1177,9 @@ class Interval(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     low: _builtins.float
+    """Its lower end."""
     high: _builtins.float
+    """Its upper end."""
     def __init__(
         self,
         *,
@@ -1206,9 +1208,10 @@ class Serving(_message.Message):
     tokens_per_second: _builtins.float
     """Of all streams together."""
     streams: _builtins.int
+    """At once."""
     context: _builtins.int
     """Tokens before the first that was timed."""
-    resident_bytes: _builtins.int
+    resident_bytes: _builtins.float
     """Memory of a process that has just served that many streams."""
     def __init__(
         self,
@@ -1217,7 +1220,7 @@ class Serving(_message.Message):
         tokens_per_second: _builtins.float = ...,
         streams: _builtins.int = ...,
         context: _builtins.int = ...,
-        resident_bytes: _builtins.int = ...,
+        resident_bytes: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -65,6 +65,7 @@ class Interaction(_Record, frozen=True, kw_only=True):
     cached_tokens: Count  # of the prompt's, reused from an earlier request
     ttft_seconds: Seconds | None  # None: ended before its first token
     duration_seconds: Seconds
+    mean_logprob: float | None = None  # of the completion's tokens in nats; None: not one of those that are watched
     finish_reason: Literal["stop", "length", "abort", "error"]
     subject: str | None = None  # whose data this is, for erasure
     request_id: str

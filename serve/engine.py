@@ -20,7 +20,7 @@ from serve.errors import Draining, InternalError, InvalidRequest, Overloaded, Ti
 from serve.generation import Generation
 from serve.plan import Floats, Output, Runner, Segment
 from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
-from serve.sampler import prompt_logprobs
+from serve.sampler import logprob, prompt_logprobs
 from serve.scheduler import Scheduler, Step
 from serve.tokenizer import Tokenizer
 
@@ -204,6 +204,8 @@ class Engine:
         accepted, refused = 0, False
         for row in rows:
             token, chosen = sampler.choose(output, row, len(request.output))
+            if request.watched:
+                request.logprob_sum += logprob(output.logits[row], token, 0).logprob or 0.0
             if request.last_token is not None:
                 gaps.append(now - request.last_token)
             request.first_token = request.first_token or now

@@ -7,6 +7,7 @@ A request stores few numbers and derives the rest. The order between them is ass
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -18,6 +19,7 @@ from serve.cache import Table
 from serve.errors import PawlError
 from serve.speculation import Speculation
 
+WATCHED_ONE_IN = 16  # requests
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -111,8 +113,11 @@ class Request:
     finish_reason: FinishReason | None = None
     hidden_sum: NDArray[np.float64] | None = None  # over the prompt so far, for embeddings: [hidden]
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far, if asked for
+    watched: bool = False  # one of some, whose answers' log-probabilities are added up, to see drift by
+    logprob_sum: float = 0.0  # of the output, if it is watched
 
     def __post_init__(self) -> None:
+        self.watched = zlib.crc32(self.id.encode()) % WATCHED_ONE_IN == 0
         self.forget_sums()
 
     def forget_sums(self) -> None:

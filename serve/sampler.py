@@ -137,7 +137,7 @@ def prompt_logprobs(output: Output, rows: Sequence[int], tokens: Sequence[int], 
 def logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `top` most probable tokens under the raw logits."""
     peak = float(logits.max())
-    total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+    total = peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
     best = _largest(logits, top)
     return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))
 

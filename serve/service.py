@@ -281,6 +281,7 @@ class Service:
             cached_tokens=usage.cached,
             ttft_seconds=None if request.first_token is None else request.first_token - request.arrival,
             duration_seconds=time.monotonic() - request.arrival,
+            mean_logprob=request.logprob_sum / len(request.output) if request.watched and request.output else None,
             finish_reason=answer.reasons[index],
             subject=call.user,
             request_id=told.request_id or answer.id,

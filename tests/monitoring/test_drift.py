@@ -58,6 +58,8 @@ def test_values_that_are_all_the_same() -> None:
     drift = numbers_drift("x", [7] * 50, [7] * 50)
     assert (drift.distance, drift.drifted) == (0, False)
     assert numbers_drift("x", [7] * 50, [8] * 50).drifted
+    assert numbers_drift("x", [7] * 50, [6] * 50).drifted
+    assert not numbers_drift("x", [7] * 50, [7] * 50).drifted
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,16 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("windows")
     (folder / "a").mkdir()
     (folder / "b").mkdir()
-    before = keep(folder / "a", [ENGLISH] * 60)
-    now = {"completion": "I cannot answer that.", "finish_reason": "length", "created": "2026-11-22T12:00:00.000Z"}
+    before = keep(folder / "a", [ENGLISH] * 60, mean_logprob=-0.5)
+    now: dict[str, Any] = {"completion": "I cannot answer that.", "finish_reason": "length", "mean_logprob": -1.5}
+    now |= {"created": "2026-11-22T12:00:00.000Z"}
     return before, keep(folder / "b", [GERMAN] * 60, **now)
 
 
 def test_two_snapshots(windows: tuple[Path, Path]) -> None:
     drifts = {drift.figure: drift for drift in compare(*map(read_window, windows))}
     drifted = {name for name, drift in drifts.items() if drift.drifted}
-    assert drifted == {"language", "refusals", "truncated_answers"}
+    assert drifted == {"mean_logprob", "language", "refusals", "truncated_answers"}
     assert {bar.label: (bar.reference, bar.current) for bar in drifts["language"].bars} == {"en": (1, 0), "de": (0, 1)}
     assert drifts["feedback_coverage"].current == pytest.approx(1 / 60)
     assert drifts["thumbs_up"].current == 1
@@ -135,8 +138,8 @@ def test_the_command(
 
     assert call(*windows, "--html", page, "--textfile", gauges) == EXIT_DRIFTED
     assert "refusals" in capsys.readouterr().out
-    assert "Drifted: language, refusals, truncated_answers." in page.read_text()
-    assert page.read_text().count("<svg") == 3
+    assert "Drifted: mean_logprob, language, refusals, truncated_answers." in page.read_text()
+    assert page.read_text().count("<svg") == 4
     families = {family.name: family.samples for family in text_string_to_metric_families(gauges.read_text())}
     drifted = {sample.labels["figure"]: sample.value for sample in families["pawl_drift_drifted"]}
     assert (drifted["refusals"], drifted["prompt_tokens"]) == (1, 0)
@@ -147,7 +150,7 @@ def test_the_command(
 
 
 def test_a_window_without_values_is_left_out() -> None:
-    empty: Window = Window([1], [1], [], [], [], [False], [False], [False], [])
+    empty: Window = Window([1], [1], [], [], [], [], [False], [False], [False], [])
     found: list[Drift] = compare(empty, empty)
     assert {drift.figure for drift in found} == {
         "prompt_tokens",

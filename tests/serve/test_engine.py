@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from proto.records import new_id
 from serve.engine import Engine
 from serve.errors import Draining, Overloaded, TimedOut
 from serve.plan import Output, Plan, Runner
-from serve.request import Request
+from serve.request import WATCHED_ONE_IN, Request, SamplingParams
 from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, ListChannel, ask, finish
 
 MakeEngine = Callable[..., Engine]
@@ -85,6 +86,23 @@ def test_every_answer_ends_once_with_its_usage(make_engine: MakeEngine) -> None:
         assert usage is not None
         assert (usage.prompt, usage.completion) == (len(request.prompt), request.params.max_tokens)
         assert len(request.channel.tokens) == request.params.max_tokens
+
+
+def test_watched_answers_know_how_sure_the_model_was(make_engine: MakeEngine) -> None:
+    requests = [ask([5, 6, n], max_tokens=9, temperature=n % 2, seed=n, logprobs=0, ignore_eos=True) for n in range(6)]
+    for request in requests:
+        request.watched = request is not requests[0]
+    finish(make_engine(), *requests)
+    for request in requests[1:]:
+        told = [entry.logprob for chunk in request.channel.chunks for entry in chunk.logprobs]  # type: ignore[attr-defined]
+        assert len(told) == 9
+        assert request.logprob_sum == pytest.approx(sum(told))
+    assert requests[0].logprob_sum == 0
+
+
+def test_one_request_in_some_is_watched() -> None:
+    watched = [Request(new_id("chat"), [1], SamplingParams(), ListChannel()).watched for _ in range(3000)]
+    assert 0.5 < sum(watched) / 3000 * WATCHED_ONE_IN < 2
 
 
 def test_stop_token_stop_string_and_full_context(make_engine: MakeEngine) -> None:

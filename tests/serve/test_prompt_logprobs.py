@@ -70,7 +70,14 @@ def exact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exact")
     (root / "text.txt").write_text(TEXT * 4)
     options = Options(
-        recipe="fp32", kv="fp32", text=root / "text.txt", window=64, held_out_windows=2, force=True, measure=False
+        recipe="fp32",
+        kv="fp32",
+        text=root / "text.txt",
+        window=64,
+        calibration_windows=4,
+        held_out_windows=2,
+        force=True,
+        measure=False,
     )
     quantize(artifact.parent / "checkpoint", root / "exact", options, command="test", threads=2)
     return root / "exact"
