@@ -5,6 +5,7 @@
 | `{product}.weight`, fp32                     | float32 [K, N]; of a tied head [vocab, hidden]                   |
 | `{product}.weight`, `.scale`, `.sums`, int8  | packed: docs/native.md                                           |
 | `{product}.weight`, `.scale`, `.zero`, 4-bit | packed: docs/native.md                                           |
+| the same, weight-only                        | as `MatMulNBits` reads them; scales float16 [N, blocks]          |
 | `{product}.bias`                             | float32 [N]                                                      |
 | `embedding.weight`, `.scale`                 | of an untied embedding: float32 [vocab, hidden], or packed int8  |
 | `{norm}.weight`, `.bias`                     | float32 [hidden], or [head_size] of `layers.{i}.q_norm`, `k_norm` |
@@ -22,19 +23,21 @@ from typing import Any
 
 import numpy as np
 
+from compress.blocks import WeightBlocks, pack_blocks, round_blocks
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.levels import Weight4, Weight8, round_by_group, round_to_nearest
 from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
-from compress.precisions import FLOAT, precision_of
+from compress.precisions import FLOAT, is_weight_only, precision_of
 from compress.rope import tables
 from compress.rotation import rotate
 from compress.weight_file import WeightStore
 from compress.weights import Tensors, Weights
 from proto.manifest import Precision, Recipe
 
+Rounded = Weight8 | Weight4 | WeightBlocks
 # (product, weight [N, K] after migration and rotation) -> its levels and scales, or None for round to nearest
-WeightHook = Callable[[str, Floats], Weight8 | Weight4 | None]
+WeightHook = Callable[[str, Floats], Rounded | None]
 
 
 def write_positions(file: WeightStore, decoder: Decoder, weights: Weights, max_context: int) -> None:
@@ -117,6 +120,11 @@ def write_weight(
         file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
         file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
         file.add(f"{product}.sums", pad_rows(rounded.levels.sum(axis=1, dtype=np.int32), parts))
+    elif isinstance(rounded, WeightBlocks):
+        levels, zero = pack_blocks(rounded, precision.group, precision.weight_bits)
+        file.add(f"{product}.weight", levels)
+        file.add(f"{product}.scale", rounded.scale)
+        file.add(f"{product}.zero", zero)
     else:
         num_inputs, group = weight.shape[1], precision.group
         file.add(f"{product}.weight", pack_int4(rounded.levels, rounded.zero, group, parts))
@@ -124,8 +132,10 @@ def write_weight(
         file.add(f"{product}.zero", pack_groups(rounded.zero, num_inputs, group, parts))
 
 
-def nearest(weight: Floats, precision: Precision) -> Weight8 | Weight4:
+def nearest(weight: Floats, precision: Precision) -> Rounded:
     """The weight [N, K] rounded to the nearest level."""
+    if is_weight_only(precision):
+        return round_blocks(weight, precision.group, precision.weight_bits)
     return round_to_nearest(weight) if precision.weight_bits == 8 else round_by_group(weight, precision.group)
 
 
@@ -135,10 +145,10 @@ def _write_tensors(file: WeightStore, name: str, tensors: Tensors) -> None:
             file.add(f"{name}.{kind}", tensor)
 
 
-def _check(product: str, shape: tuple[int, ...], precision: Precision, rounded: Weight8 | Weight4) -> None:
+def _check(product: str, shape: tuple[int, ...], precision: Precision, rounded: Rounded) -> None:
     found: list[tuple[Any, tuple[int, ...]]] = [(array.dtype, array.shape) for array in rounded]
     wanted: list[tuple[Any, tuple[int, ...]]]
-    if precision.weight_bits == 8:
+    if precision.group == 0:
         wanted = [(np.int8, shape), (np.float32, shape[:1])]
     else:
         groups = (shape[0], -(-shape[1] // precision.group))

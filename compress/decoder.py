@@ -48,6 +48,7 @@ def build(
     _check_recipe(recipe, decoder)
     weights = Weights(checkpoint, decoder, {})
     kv_scales: list[tuple[Floats, Floats]] = []
+    accuracy_levels: dict[str, int] = {}
     with WeightFile(directory) as file:
         write_positions(file, decoder, weights, limit)
         write_embedding(file, decoder, weights, recipe)
@@ -55,13 +56,14 @@ def build(
             treatment = treat(layer)
             migrated = Weights(checkpoint, decoder, treatment.scales)
             write_layer(file, decoder, migrated, recipe, layer, treatment.hook)
+            accuracy_levels |= treatment.accuracy_levels
             kv_scales += [treatment.kv_scales] if treatment.kv_scales else []
         write_head(file, decoder, weights, recipe, treat(None).hook)
         if len(kv_scales) not in (0, decoder.num_layers):
             raise ValueError(
                 f"{len(kv_scales)} of {decoder.num_layers} layers have kv_scales: give all of them or none"
             )
-        StockGraph(file, decoder, recipe, kv_scales).write(directory)
+        StockGraph(file, decoder, recipe, kv_scales, accuracy_levels).write(directory)
         if has_native_form(decoder, recipe):
             NativeGraph(file, decoder, recipe).write(directory)
     return decoder.architecture(limit)

@@ -1,14 +1,16 @@
 """One matrix product in the stock graph, at the precision that the recipe asks for.
 
 With int8 weights, activations are quantized per row and symmetrically, so the integer sums are exact and a row's result
-does not depend on the rows beside it. With 4-bit weights, ONNX Runtime's own operator quantizes the activations, by
-blocks of a row. Either may read its inputs rotated (compress/rotation.py).
+does not depend on the rows beside it. With weights in groups, ONNX Runtime's own operator quantizes the activations, by
+blocks of a row, or leaves them as they are (compress/accuracy_levels.py). All but weight-only products may read their
+inputs rotated (compress/rotation.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from compress.accuracy_levels import INT8_PRODUCT
 from compress.graph import MICROSOFT, GraphBuilder
 from compress.levels import LEVELS, TINY
 from compress.operands import Operand
@@ -16,8 +18,6 @@ from compress.packing import DEPTH, pad
 from compress.precisions import FLOAT
 from compress.rotation import MATRIX
 from proto.manifest import Precision
-
-INT8_PRODUCT = 4  # MatMulNBits' accuracy level that computes with int8 activations
 
 
 def multiply(
@@ -28,6 +28,7 @@ def multiply(
     precision: Precision,
     shape: tuple[int, int],
     output: str | None = None,
+    accuracy_level: int = INT8_PRODUCT,
 ) -> str:
     """x [..., K] times a weight of the shape [N, K] -> [..., N], without the bias; named as the product by default."""
     output = output or name
@@ -36,9 +37,10 @@ def multiply(
     num_outputs, num_inputs = shape
     if precision.rotated:
         x, num_inputs = rotate_value(graph, name, x, num_inputs), pad(num_inputs, DEPTH)
-    if precision.weight_bits == 4:
-        sizes = {"N": num_outputs, "K": num_inputs, "bits": 4, "block_size": precision.group}
-        return graph.node("MatMulNBits", [x, *operand], output, domain=MICROSOFT, accuracy_level=INT8_PRODUCT, **sizes)
+    if precision.group:
+        sizes = {"N": num_outputs, "K": num_inputs, "bits": precision.weight_bits, "block_size": precision.group}
+        inputs = [x, *operand]
+        return graph.node("MatMulNBits", inputs, output, domain=MICROSOFT, accuracy_level=accuracy_level, **sizes)
     step = graph.shared("int8.step", np.array(1 / LEVELS, np.float32))
     zero = graph.shared("int8.zero", np.array(128, np.uint8))
     last = graph.shared("axis.last", np.array([-1], np.int64))

@@ -1,7 +1,8 @@
 """Packed weights as the stock operators want them.
 
 The data file holds weights in the tiles of docs/native.md. Here they are transposed, reshaped and cut to size by nodes
-over constants, which ONNX Runtime computes once, when it loads the graph.
+over constants, which ONNX Runtime computes once, when it loads the graph. Weight-only products have no native form, and
+lie in the file as the stock operator reads them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from onnx import TensorProto
 
 from compress.graph import GraphBuilder
 from compress.packing import DEPTH, TILE, pad
-from compress.precisions import FLOAT
+from compress.precisions import FLOAT, is_weight_only
 from proto.manifest import Precision
 
 COLUMNS = (1, 3, 0, 2)  # of a tiled weight [B, C, 16, 4]: [K, N]
@@ -24,15 +25,18 @@ ROWS = (0, 2, 1, 3)  # [N, K]
 class Operand(NamedTuple):
     """Names of the values that a stock product reads; "" for those that its precision does not have."""
 
-    weight: str  # float32 [K, N]; int8 [K, N]; or uint8 [N, groups, group / 2]
+    weight: str  # float32 [K, N]; int8 [K, N]; or uint8 [N, groups, group * bits / 8]
     scale: str = ""  # float32 [N] or [N, groups]
-    zero: str = ""  # uint8 [N, ceil(groups / 2)]: two in a byte
+    zero: str = ""  # uint8 [N, ceil(groups * bits / 8)]: of 4 bits, two in a byte
 
 
 def load(graph: GraphBuilder, name: str, precision: Precision, shape: tuple[int, int], parts: int = 1) -> Operand:
     """The stored weight [N, K] of a product, or of the padded K where it is rotated. Call it once for each."""
     if precision == FLOAT:
         return Operand(f"{name}.weight")
+    if is_weight_only(precision):
+        scale = graph.node("Cast", [f"{name}.scale"], f"{name}.scale.float", to=TensorProto.FLOAT)
+        return Operand(f"{name}.weight", scale, f"{name}.zero")
     num_outputs, num_inputs = shape
     if precision.rotated:
         num_inputs = pad(num_inputs, DEPTH)

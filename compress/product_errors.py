@@ -8,9 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
+from compress.blocks import WeightBlocks, dequantize_blocks
 from compress.checkpoint import Floats
-from compress.constants import WeightHook, nearest
-from compress.levels import TINY, Weight4, Weight8, dequantize
+from compress.constants import Rounded, WeightHook, nearest
+from compress.levels import TINY, dequantize
 from compress.precisions import precision_of
 from compress.rotation import rotate
 from compress.smoothing import quantize_rows
@@ -45,7 +46,7 @@ class ErrorMeter:
         `inputs` holds rows [R, K] of products' inputs before their migration by `scales`.
         """
 
-        def round_weight(product: str, weight: Floats) -> Weight8 | Weight4:
+        def round_weight(product: str, weight: Floats) -> Rounded:
             precision = precision_of(self._recipe, product)
             rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
             rows = inputs.get(product)
@@ -57,12 +58,13 @@ class ErrorMeter:
         return round_weight
 
 
-def measure(weight: Floats, rounded: Weight8 | Weight4, precision: Precision, inputs: Floats | None) -> ProductError:
+def measure(weight: Floats, rounded: Rounded, precision: Precision, inputs: Floats | None) -> ProductError:
     """Of the weight [N, K], as it is rounded, and of its product with `inputs` [R, K] as the graphs compute it.
 
     The inputs are migrated as the weight is, and not rotated.
     """
-    found = dequantize(rounded, precision.group)
+    group = precision.group
+    found = dequantize_blocks(rounded, group) if isinstance(rounded, WeightBlocks) else dequantize(rounded, group)
     of_weight = float(np.linalg.norm(found - weight) / (np.linalg.norm(weight) + TINY))
     if inputs is None:
         return ProductError(of_weight, None)

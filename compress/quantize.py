@@ -19,17 +19,18 @@ import numpy as np
 from tqdm import tqdm
 
 from compress import speed
+from compress.accuracy_levels import choose
 from compress.artifact_folder import artifact_folder, copy_tokenizer
+from compress.blocks import round_blocks_compensating
 from compress.budget import default_budget, parse
 from compress.calibration import Activations, Calibration
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
-from compress.constants import WeightHook
+from compress.constants import Rounded, WeightHook
 from compress.corpus import Corpus, make_corpus, sides_of
 from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import Evidence, examine, judge
-from compress.levels import Weight4, Weight8
-from compress.precisions import FLOAT, precision_of
+from compress.precisions import FLOAT, is_weight_only, precision_of
 from compress.product_errors import ErrorMeter
 from compress.recipes import make_recipe
 from compress.reference import Reference
@@ -186,7 +187,8 @@ def make_treat(
             return Treatment(kv_scales=kv_scales)
         scales = search_layer(decoder, weights, layer, activations.inputs, recipe)
         hook = meter.watch(compensating_hook(recipe, activations, scales), activations.inputs, scales)
-        return Treatment(scales, hook, kv_scales)
+        levels = choose(decoder, weights, layer, activations.inputs, recipe)
+        return Treatment(scales, hook, levels, kv_scales)
 
     return treat
 
@@ -194,13 +196,15 @@ def make_treat(
 def compensating_hook(recipe: Recipe, activations: Activations, scales: Mapping[str, Floats]) -> WeightHook:
     """Rounds the weights of a layer so that errors cancel on the calibration inputs."""
 
-    def round_weight(product: str, weight: Floats) -> Weight8 | Weight4:
+    def round_weight(product: str, weight: Floats) -> Rounded:
         precision = precision_of(recipe, product)
         moment = activations.moments[product]
         if product in scales:
             moment = moment / np.outer(scales[product], scales[product])
         if precision.rotated:
             moment = rotate(rotate(moment).T)
+        if is_weight_only(precision):
+            return round_blocks_compensating(weight, moment, precision.group, precision.weight_bits)
         if precision.group:
             return round_by_group_compensating(weight, moment, precision.group)
         return round_compensating(weight, moment)

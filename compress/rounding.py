@@ -31,7 +31,7 @@ def round_compensating(weight: Floats, hessian: Floats) -> Weight8:
         value: Floats = q * scale
         return value
 
-    _compensate(weight, hessian, to_grid)
+    compensate(weight, hessian, to_grid)
     return Weight8(levels, scale)
 
 
@@ -50,11 +50,11 @@ def round_by_group_compensating(weight: Floats, hessian: Floats, group: int) -> 
         value: Floats = (q - zero) * scale
         return value
 
-    _compensate(weight, hessian, to_grid)
+    compensate(weight, hessian, to_grid)
     return nearest
 
 
-def _compensate(weight: Floats, hessian: Floats, to_grid: Rounder) -> None:
+def compensate(weight: Floats, hessian: Floats, to_grid: Rounder) -> None:
     """Give the columns to `to_grid`, one after the other, with the errors so far made up for."""
     num_inputs = weight.shape[1]
     order = np.argsort(-np.diag(hessian), kind="stable")  # the inputs that matter most first, while all can make up

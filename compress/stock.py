@@ -15,19 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from onnx import TensorProto
 
+from compress.accuracy_levels import INT8_PRODUCT
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.graph import MICROSOFT, GraphBuilder
 from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
 from compress.packing import DEPTH, pad
-from compress.precisions import FLOAT, precision_of
+from compress.precisions import FLOAT, is_weight_only, precision_of
 from compress.weight_file import WeightStore
-from proto.manifest import GRAPH, Recipe
+from proto.manifest import GRAPH, Precision, Recipe
 
 # activation in config.json -> operator and its attributes
 ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, float]]] = {
@@ -49,11 +51,13 @@ class StockGraph:
         decoder: Decoder,
         recipe: Recipe,
         kv_scales: Sequence[tuple[Floats, Floats]] | None = None,
+        accuracy_levels: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.graph = GraphBuilder(weights)
         self.decoder = decoder
         self.recipe = recipe
         self.kv_scales = kv_scales
+        self.accuracy_levels = accuracy_levels  # of weight-only products: compress/accuracy_levels.py
         self.product_inputs: dict[str, str] = {}
 
     def write(self, directory: Path) -> None:
@@ -95,6 +99,8 @@ class StockGraph:
         precision = precision_of(self.recipe, "head") if d.tied else self.recipe.default
         if precision == FLOAT:
             x = g.node("Gather", ["head.weight" if d.tied else "embedding.weight", "input_ids"], "embedding")
+        elif d.tied and is_weight_only(precision):
+            x = self._gather_blocks(head, precision)
         elif d.tied:  # the head's matrix is [hidden, vocab]: its columns are the tokens
             columns = g.node("Gather", [head.weight, "input_ids"], "embedding.columns", axis=1)
             levels = g.node("Transpose", [columns], "embedding.levels", perm=[1, 2, 0])
@@ -106,6 +112,19 @@ class StockGraph:
             levels = g.node("Gather", [matrix, "input_ids"], "embedding.levels")
             x = self._dequantize(levels, row_values(g, "embedding.scale", d.vocab_size))
         return self._add_positions(x) if d.family.positions else x
+
+    def _gather_blocks(self, head: Operand, precision: Precision) -> str:
+        """Token rows of a tied weight-only head, [batch, sequence, hidden]."""
+        g, d = self.graph, self.decoder
+        last = g.shared("axis.last", np.array([-1], np.int64))
+        # A block is an axis of its own, as the product has it: so the matrix is stored once.
+        scale, zero = (g.node("Unsqueeze", [value, last], f"{value}.apart") for value in (head.scale, head.zero))
+        sizes = {"gather_axis": 0, "quantize_axis": 2, "bits": precision.weight_bits, "block_size": precision.group}
+        inputs = [head.weight, "input_ids", scale, zero]
+        blocks = g.node("GatherBlockQuantized", inputs, "embedding.blocks", domain=MICROSOFT, **sizes)
+        width = pad(d.hidden_size, precision.group)
+        joined = g.shared("embedding.joined", np.array([0, 0, width], np.int64))
+        return self._cut(g.node("Reshape", [blocks, joined], "embedding.whole"), width)
 
     def _dequantize(self, levels: str, scale: str) -> str:
         """int8 token rows [batch, sequence, hidden] times each token's scale, from [vocab]."""
@@ -119,8 +138,12 @@ class StockGraph:
     def _rotate_back(self, x: str) -> str:
         """Rotated token rows as they were: the rotation is its own inverse. Drops the padding."""
         g, d = self.graph, self.decoder
-        x = rotate_value(g, "embedding", x, pad(d.hidden_size, DEPTH))
-        if d.hidden_size % DEPTH == 0:
+        return self._cut(rotate_value(g, "embedding", x, pad(d.hidden_size, DEPTH)), pad(d.hidden_size, DEPTH))
+
+    def _cut(self, x: str, width: int) -> str:
+        """Token rows [batch, sequence, width] without the padding."""
+        g, d = self.graph, self.decoder
+        if d.hidden_size == width:
             return x
         start, end = (g.shared(f"embedding.{n}", np.array([n], np.int64)) for n in (0, d.hidden_size))
         return g.node("Slice", [x, start, end, g.shared("axis.last", np.array([-1], np.int64))], "embedding.cut")
@@ -149,7 +172,9 @@ class StockGraph:
         name = f"layers.{layer}.{role}"
         precision, shape = precision_of(self.recipe, name), d.shape(role)
         self.product_inputs[name] = x
-        y = multiply(g, name, x, load(g, name, precision, shape, d.parts(role)), precision, shape)
+        operand = load(g, name, precision, shape, d.parts(role))
+        level = self.accuracy_levels.get(name, INT8_PRODUCT)
+        y = multiply(g, name, x, operand, precision, shape, accuracy_level=level)
         return y, g.stored(f"{name}.bias")
 
     def _add_bias(self, y: str, bias: str) -> str:

@@ -14,6 +14,7 @@ class Treatment(NamedTuple):
 
     scales: Mapping[str, Floats] = {}  # migration from activations into weights: compress/weights.py
     hook: WeightHook | None = None  # replaces round to nearest
+    accuracy_levels: Mapping[str, int] = {}  # of weight-only products; those not named have int8 activations
     kv_scales: tuple[Floats, Floats] | None = None  # int8 steps of keys and values, [1] or [kv_heads, head_size]
 
 

@@ -60,15 +60,16 @@ class Precision(_Part, frozen=True, omit_defaults=True):
 
     weight_bits: Literal[4, 8, 32]
     activation_bits: Literal[8, 16, 32]  # 16: artifacts made before there was rotation
-    group: Literal[0, 32, 64] = 0  # neighbouring inputs that share the scale of a 4-bit weight; 0: a row has one scale
+    group: Literal[0, 32, 64, 128] = 0  # neighbouring inputs that share a scale of the weight; 0: a row has one scale
     rotated: bool = False  # the inputs, and the weight's columns, are rotated before they are rounded (docs/native.md)
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a 4-bit weight has no groups, or another one has."""
-        if (self.weight_bits == 4) != (self.group > 0):
+        """Raises ValueError if a 4-bit or a weight-only product has no groups, or another one has."""
+        has_groups = self.weight_bits == 4 or (self.weight_bits == 8 and self.activation_bits == 32)
+        if has_groups != (self.group > 0):
             raise ValueError(
-                f"weights of {self.weight_bits} bits with groups of {self.group}: "
-                "4-bit weights need groups of 32 or 64, others have none (0)"
+                f"weights of {self.weight_bits} bits beside activations of {self.activation_bits}, with groups of "
+                f"{self.group}: 4-bit and weight-only products need groups of 32, 64 or 128, others have none (0)"
             )
 
 

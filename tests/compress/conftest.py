@@ -17,9 +17,14 @@ from transformers import PreTrainedModel
 
 from compress.__main__ import main
 from compress.checkpoint import Checkpoint
+from compress.constants import WeightHook, write_weight
 from compress.decoder import build
+from compress.graph import GraphBuilder
+from compress.linear import multiply
+from compress.operands import load
 from compress.precisions import FLOAT
-from proto.manifest import Architecture, Recipe
+from compress.weight_file import WeightFile
+from proto.manifest import GRAPH, Architecture, Precision, Recipe
 from tests.serve.tiny import TEXT, make_checkpoint
 
 VOCAB = 160
@@ -43,6 +48,9 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 }
 FP32 = Recipe(name="fp32", default=FLOAT)
 SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
+
+# Of a product: [N, K].
+WEIGHT = np.random.default_rng(1).normal(size=(40, 96)).astype(np.float32)
 
 Run = Callable[..., int]
 
@@ -182,5 +190,31 @@ def quantize(compress: Run, checkpoint: Path, text: Path) -> Run:
     def run(output: Path, *flags: str, source: Path = checkpoint) -> int:
         given = ["--text", text, "--threads", "2", "--no-measure", *SMALL, *flags]
         return compress("quantize", source, "-o", output, *given)
+
+    return run
+
+
+@pytest.fixture
+def run_product(tmp_path: Path) -> Callable[..., NDArray[np.float32]]:
+    """One product x [..., K] times a weight [N, K], at a precision; keywords go to `multiply`."""
+
+    def run(
+        x: np.ndarray,
+        precision: Precision,
+        hook: WeightHook | None = None,
+        weight: np.ndarray = WEIGHT,
+        parts: int = 1,
+        **options: int,
+    ) -> np.ndarray:
+        with WeightFile(tmp_path) as file:
+            write_weight(file, "product", weight, precision, hook, parts)
+            graph = GraphBuilder(file)
+            graph.input("x", np.float32, [f"axis{i}" for i in range(x.ndim)])
+            graph.output("y", np.float32, [f"axis{i}" for i in range(x.ndim - 1)] + [len(weight)])
+            operand = load(graph, "product", precision, weight.shape, parts)
+            multiply(graph, "product", "x", operand, precision, weight.shape, output="y", **options)
+            graph.save(tmp_path / GRAPH)
+        session = ort.InferenceSession(tmp_path / GRAPH, providers=["CPUExecutionProvider"])
+        return session.run(["y"], {"x": x})[0]
 
     return run

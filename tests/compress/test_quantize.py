@@ -12,7 +12,7 @@ import pytest
 
 from compress.__main__ import EXIT_GATE, EXIT_USAGE, parser
 from compress.budget import STRICT, WIDE, parse
-from compress.precisions import W4A8_ROTATED, W8A8_ROTATED
+from compress.precisions import W4A8_ROTATED, W8, W8A8_ROTATED
 from compress.quantize import Options
 from compress.recipes import RECIPES
 from proto.manifest import Manifest, Precision, load
@@ -32,7 +32,7 @@ def test_every_recipe_publishes_a_whole_artifact(
     assert "passed the gate: perplexity" in capsys.readouterr().out
     manifest = load(tmp_path / "tiny")
     assert (manifest.name, manifest.recipe.name, manifest.kv_cache) == ("small", recipe, kv)
-    native = set() if recipe == "fp32" else {"model.native.onnx"}
+    native = {"model.native.onnx"} if recipe in ("w8a8", "w4a8") else set()
     copied = {"tokenizer.json", "chat_template.jinja"}
     assert manifest.files.keys() == {"model.onnx", "model.onnx.data", "report.html"} | copied | native
     assert manifest.gate is not None
@@ -68,6 +68,14 @@ def test_4_bit_weights_are_in_groups_but_for_the_head(quantize: Run, tmp_path: P
     recipe = load(tmp_path / "tiny").recipe
     assert recipe.default == Precision(weight_bits=4, activation_bits=8, group=32)
     assert recipe.products == dict.fromkeys(["layers.0.down", "layers.1.down"], W4A8_ROTATED) | {"head": W8A8_ROTATED}
+
+
+def test_weight_only_recipes_are_nearer_the_more_bits_they_have(quantize: Run, tmp_path: Path) -> None:
+    for recipe in ("w8", "w4"):
+        assert quantize(tmp_path / recipe, *EASY, "--recipe", recipe, "--kv", "fp32") == 0
+    assert load(tmp_path / "w4").recipe.products == {"head": W8}
+    assert judged(tmp_path / "w8")["kl"] < 0.1 * judged(tmp_path / "w4")["kl"]
+    assert judged(tmp_path / "w8")["greedy_agreement"] > 0.95
 
 
 def test_a_failed_gate_leaves_nothing_behind(quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,9 +149,16 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bits unheard of": (lambda a: change(a, recipe__default__weight_bits=3), r"3.*\$\.recipe\.default\.weight_bits"),
     "4 bits without groups": (
         lambda a: change(a, recipe__default__weight_bits=4),
-        r"weights of 4 bits with groups of 0: 4-bit weights need groups of 32 or 64.* at `\$\.recipe\.default`",
+        r"weights of 4 bits beside activations of 8, with groups of 0: 4-bit and .* at `\$\.recipe\.default`",
     ),
-    "groups of 8 bits": (lambda a: change(a, recipe__default__group=32), r"weights of 8 bits with groups of 32"),
+    "groups of 8 bits": (
+        lambda a: change(a, recipe__default__group=32),
+        r"weights of 8 bits beside activations of 8, with groups of 32",
+    ),
+    "weight-only without groups": (
+        lambda a: change(a, recipe__default__activation_bits=32),
+        r"weights of 8 bits beside activations of 32, with groups of 0",
+    ),
     "short digest": (lambda a: change(a, lineage__checkpoint="0" * 63), r"\$\.lineage\.checkpoint"),
     "digest in capitals": (lambda a: change(a, lineage__checkpoint="A" * 64), r"\$\.lineage\.checkpoint"),
     "digest and newline": (lambda a: change(a, lineage__checkpoint="0" * 64 + "\n"), r"\$\.lineage\.checkpoint"),
