@@ -148,8 +148,8 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tiny, make_graph, tmp
         ),
         ({"recipe": Recipe(name="r", default=FLOAT, products={"layers.9.o": FLOAT})}, r"names product layers\.9\.o"),
         (
-            {"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=32))},
-            "default W8A32; there are fp32",
+            {"recipe": Recipe(name="r", default=Precision(weight_bits=8, activation_bits=16))},
+            "default W8A16; there are fp32",
         ),
         ({"recipe": Recipe(name="r", default=W4A8)}, "gives the head 4-bit weights, which are the embedding too"),
     ],

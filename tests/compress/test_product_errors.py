@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from compress.levels import round_by_group, round_to_nearest
-from compress.precisions import W4A8, W8A8, W8A8_ROTATED
+from compress.precisions import FLOAT, W4A8, W8A8, W8A8_ROTATED
 from compress.product_errors import ErrorMeter, measure
 from compress.rotation import rotate
-from proto.manifest import Precision, Recipe
+from proto.manifest import Recipe
 
 RANDOM = np.random.default_rng(3)
 WEIGHT = RANDOM.normal(size=(48, 64)).astype(np.float32)
@@ -34,8 +34,7 @@ def test_the_output_is_that_of_rounded_activations() -> None:
     assert found.weight == pytest.approx(0, abs=1e-6)
     assert found.output is not None
     assert found.output > 1e-4
-    as_they_are = Precision(weight_bits=8, activation_bits=32)
-    assert measure(weight, round_to_nearest(weight), as_they_are, INPUTS).output == pytest.approx(0, abs=1e-5)
+    assert measure(weight, round_to_nearest(weight), FLOAT, INPUTS).output == pytest.approx(0, abs=1e-5)
 
 
 def test_rotation_is_part_of_the_product_not_of_its_error() -> None:

@@ -50,6 +50,7 @@ calibration_windows = 2
 held_out_windows = 2
 calibration_rows = 32
 force = true
+measure = false
 
 [gate]
 {gate}

@@ -35,11 +35,19 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("seed")
     torch.manual_seed(0)
     make_checkpoint(root / "checkpoint", hidden_size=64, intermediate_size=96)
-    (root / "text.txt").write_text(TEXT * 2)
+    (root / "text.txt").write_text(TEXT * 4)
     quantize(
         root / "checkpoint",
         root / "artifact",
-        Options(text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=2, force=True, name="tiny"),
+        Options(
+            text=root / "text.txt",
+            window=64,
+            calibration_windows=2,
+            held_out_windows=2,
+            force=True,
+            measure=False,
+            name="tiny",
+        ),
         command="test",
         threads=1,
     )
