@@ -95,10 +95,9 @@ def row(gate: GateReport, forms: Sequence[Form], figure: str) -> Row:
 
 
 def origin(manifest: Manifest) -> list[tuple[str, str]]:
+    """What it was made of. When and by which command is in the manifest alone: the page is the same each time."""
     lineage = manifest.lineage
     return [
-        ("command", lineage.command),
-        ("made", lineage.created),
         ("checkpoint", lineage.checkpoint),
         *((f"text, {name.replace('_', ' ')}", digest) for name, digest in lineage.datasets.items()),
         ("tools", ", ".join(f"{tool} {version}" for tool, version in lineage.tools.items())),
