@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching pipeline, on the checkpoint exported by optimum-intel with int8 weights.
+"""OpenVINO GenAI's continuous batching pipeline, on the checkpoint exported by optimum-intel with quantized weights.
 
 It ships no OpenAI server of its own.
 """
@@ -15,18 +15,21 @@ PRECISION = "f32"  # of the arithmetic; LOG.md has the alternative
 
 
 class OpenVinoGenai:
-    name = "OpenVINO GenAI int8"
+    """`weights` is a format of optimum-intel's: "int8", "int4"."""
+
     version = VERSION
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str = "int8") -> None:
+        self.weights = weights
+        self.name = f"OpenVINO GenAI {weights}"
         self.environment = Environment("openvino_genai", VERSION)
-        self.model = self.environment.home / "smollm2-135m-int8"
+        self.model = self.environment.home / f"smollm2-135m-{weights}"
 
     def prepare(self) -> None:
         self.environment.prepare()
         if not self.model.is_dir():
             partial = self.model.with_suffix(".part")
-            what = ["--task", "text-generation-with-past", "--weight-format", "int8"]
+            what = ["--task", "text-generation-with-past", "--weight-format", self.weights]
             tool = self.environment.python.with_name("optimum-cli")
             run([tool, "export", "openvino", "--model", base_model(), *what, partial], {"HF_HUB_OFFLINE": "1"})
             partial.rename(self.model)
