@@ -41,12 +41,14 @@ from bench.population import (
     poison,
     read_questions,
 )
+from compress.corpus import default_texts
 
 POLICY = Path(__file__).with_name("feedback_loop.toml")
 PEOPLE = ("anna", "boris", "chloe", "dmitri", "esra", "femi")
 STOLEN = 4  # of their keys
 CORRECTED = 120  # of the questions with answers are asked in the first round; the others stay unseen
 POISONED = 80
+HELD_OUT_TEXTS = 20
 TRIAL_QUESTIONS, TRIAL_ROUNDS = 40, 9
 EXIT_REFUSED = 3
 
@@ -70,6 +72,15 @@ class Loop:
     def registry(self) -> Path:
         return self.folder / "registry"
 
+    @property
+    def held_out(self) -> Path:
+        """Some of the texts that `deploy retrain` judges by; all of them would take minutes."""
+        path = self.folder / "held_out.jsonl"
+        if not path.exists():
+            texts = [text[:1500] for text in default_texts()[1][:HELD_OUT_TEXTS]]
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
     def talk(
         self, questions: Sequence[Question], react: Reaction | None = None, *, keys: int | None = None, seed: int = 0
     ) -> list[Said]:
@@ -85,6 +96,7 @@ class Loop:
         return call(
             *("deploy", "retrain", "--registry", self.registry, "--work", self.folder / "cycles"),
             *("--records", self.records, "--checkpoint", checkpoint, "--policy", POLICY),
+            *("--held-out", self.held_out),
             check=(0, EXIT_REFUSED),
         )
 
