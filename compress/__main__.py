@@ -54,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
         ("window", "tokens of context in calibration and gate"),
         ("calibration_windows", "windows of text to calibrate on"),
         ("held_out_windows", "windows of held-out text for the gate"),
-        ("calibration_rows", "rows of each product's input kept for the migration search"),
     ):
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")

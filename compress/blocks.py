@@ -67,10 +67,10 @@ def round_blocks_compensating(weight: Floats, hessian: Floats, block: int, bits:
     found = round_blocks(weight, block, bits, np.diag(hessian))
     scales, top = found.scale.astype(np.float32), 2**bits - 1
 
-    def to_grid(k: int, column: Floats) -> Floats:
-        scale, zero = scales[:, k // block], found.zero[:, k // block]
+    def to_grid(rows: slice, k: int, column: Floats) -> Floats:
+        scale, zero = scales[rows, k // block], found.zero[rows, k // block]
         levels = _levels(column, scale, zero, top)
-        found.levels[:, k] = levels
+        found.levels[rows, k] = levels
         value: Floats = (levels - zero) * scale
         return value
 

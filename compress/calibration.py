@@ -13,6 +13,7 @@ from compress.levels import LEVELS
 from compress.section import Seen
 from compress.stream import Stream
 
+ROWS = 64  # of each product's input that are kept, for the picture of its errors
 KV_MARGIN = 1.1  # other text has larger keys and values than the calibration's largest; clipping costs most
 
 
@@ -20,7 +21,7 @@ KV_MARGIN = 1.1  # other text has larger keys and values than the calibration's 
 class Activations:
     """Of one layer."""
 
-    inputs: dict[str, Floats]  # product -> sampled input rows, [rows, K]
+    inputs: dict[str, Floats]  # product -> some input rows, [R, K]
     moments: dict[str, Floats]  # product -> sum of x x^T over all rows, [K, K]
     kv_scales: tuple[Floats, Floats]  # int8 steps of keys (after rotary) and values, [kv_heads, head_size]
 
@@ -28,25 +29,16 @@ class Activations:
 class Calibration:
     """Walks the full-precision model over the windows, one layer at a call.
 
-    Of every product's input `rows` rows are kept. The first token of a window is always among them: its activations are
-    by far the largest.
+    Of every product's input, some `ROWS` rows are kept.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        decoder: Decoder,
-        windows: Sequence[Sequence[int]],
-        *,
-        rows: int,
-        threads: int,
+        self, checkpoint: Checkpoint, decoder: Decoder, windows: Sequence[Sequence[int]], *, threads: int
     ) -> None:
         self._stream = Stream(checkpoint, decoder, windows, threads=threads)
         random = np.random.default_rng(0)
-        per_window = max(2, rows // len(windows))
-        self._kept = [
-            np.concatenate([[0], random.permutation(len(window) - 1)[: per_window - 1] + 1]) for window in windows
-        ]
+        per_window = -(-ROWS // len(windows))
+        self._kept = [random.permutation(len(window))[:per_window] for window in windows]
 
     def next_layer(self) -> Activations:
         """Run the next layer over all windows."""
@@ -66,3 +58,9 @@ class Calibration:
         self._stream.run_layer(see)
         keys, values = KV_MARGIN * peaks / LEVELS
         return Activations({product: np.concatenate(kept) for product, kept in rows.items()}, moments, (keys, values))
+
+    def head_moment(self) -> Floats:
+        """Of the head's inputs, behind the last layer."""
+        size = self._stream.decoder.hidden_size
+        norm = self._stream.final_norm()
+        return sum((x.T @ x for x in map(norm.run, self._stream.hidden)), np.zeros((size, size), np.float32))

@@ -4,8 +4,8 @@
 |----------------------------------------------|------------------------------------------------------------------|
 | `{product}.weight`, fp32                     | float32 [K, N]; of a tied head [vocab, hidden]                   |
 | `{product}.weight`, `.scale`, `.sums`, int8  | packed: docs/native.md                                           |
-| `{product}.weight`, `.scale`, `.zero`, 4-bit | packed: docs/native.md                                           |
-| the same, weight-only                        | as `MatMulNBits` reads them; scales float16 [N, blocks]          |
+| `{product}.weight`, `.scale`, `.grid`, 4-bit | packed: docs/native.md                                           |
+| weight-only: `.weight`, `.scale`, `.zero`    | as `MatMulNBits` reads them; scales float16 [N, blocks]          |
 | `{product}.bias`                             | float32 [N]                                                      |
 | `embedding.weight`, `.scale`                 | of an untied embedding: float32 [vocab, hidden], or packed int8  |
 | `{norm}.weight`, `.bias`                     | float32 [hidden], or [head_size] of `layers.{i}.q_norm`, `k_norm` |
@@ -26,7 +26,7 @@ import numpy as np
 from compress.blocks import WeightBlocks, pack_blocks, round_blocks
 from compress.checkpoint import Floats
 from compress.families import Decoder
-from compress.levels import Weight4, Weight8, round_by_group, round_to_nearest
+from compress.levels import STEPS, Weight4, Weight8, round_by_group, round_to_nearest
 from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
 from compress.precisions import FLOAT, is_weight_only, precision_of
 from compress.rope import tables
@@ -93,9 +93,12 @@ def _write_product(
         file.add(f"{product}.bias", bias)
 
 
-def write_head(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe, hook: WeightHook | None) -> None:
-    """The final norm and the head, whose matrix [vocab, hidden] is the embedding too where they are tied."""
+def write_final_norm(file: WeightStore, weights: Weights) -> None:
     _write_tensors(file, "final_norm", weights.final_norm())
+
+
+def write_head(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe, hook: WeightHook | None) -> None:
+    """The head's matrix [vocab, hidden], which is the embedding too where they are tied."""
     precision = precision_of(recipe, "head")
     if not decoder.tied:
         write_weight(file, "head", weights.head(), precision, hook)
@@ -117,8 +120,8 @@ def write_weight(
     rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
     _check(product, weight.shape, precision, rounded)
     if isinstance(rounded, Weight8):
-        file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
         file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
+        file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
         file.add(f"{product}.sums", pad_rows(rounded.levels.sum(axis=1, dtype=np.int32), parts))
     elif isinstance(rounded, WeightBlocks):
         levels, zero = pack_blocks(rounded, precision.group, precision.weight_bits)
@@ -128,8 +131,9 @@ def write_weight(
     else:
         num_inputs, group = weight.shape[1], precision.group
         file.add(f"{product}.weight", pack_int4(rounded.levels, rounded.zero, group, parts))
-        file.add(f"{product}.scale", pack_groups(rounded.scale, num_inputs, group, parts, fill=1))
-        file.add(f"{product}.zero", pack_groups(rounded.zero, num_inputs, group, parts))
+        file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
+        grid = rounded.step - STEPS[0] << 4 | rounded.zero
+        file.add(f"{product}.grid", pack_groups(grid, num_inputs, group, parts))
 
 
 def nearest(weight: Floats, precision: Precision) -> Rounded:
@@ -152,7 +156,9 @@ def _check(product: str, shape: tuple[int, ...], precision: Precision, rounded: 
         wanted = [(np.int8, shape), (np.float32, shape[:1])]
     else:
         groups = (shape[0], -(-shape[1] // precision.group))
-        wanted = [(np.uint8, shape), (np.float16, groups), (np.uint8, groups)]
+        is_native = not is_weight_only(precision)
+        scales = [(np.float32, shape[:1]), (np.uint8, groups)] if is_native else [(np.float16, groups)]
+        wanted = [(np.uint8, shape), *scales, (np.uint8, groups)]
     if found != wanted:
         raise ValueError(f"the weight hook gave {_text(found)} for {product}; it must give {_text(wanted)}")
 

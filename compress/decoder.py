@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
-from compress.constants import write_embedding, write_head, write_layer, write_positions
+from compress.constants import write_embedding, write_final_norm, write_head, write_layer, write_positions
 from compress.families import Decoder, describe
 from compress.native import NativeGraph, has_native_form
 from compress.precisions import PRECISIONS, name_of, precision_of
@@ -58,6 +58,7 @@ def build(
             write_layer(file, decoder, migrated, recipe, layer, treatment.hook)
             accuracy_levels |= treatment.accuracy_levels
             kv_scales += [treatment.kv_scales] if treatment.kv_scales else []
+        write_final_norm(file, weights)
         write_head(file, decoder, weights, recipe, treat(None).hook)
         if len(kv_scales) not in (0, decoder.num_layers):
             raise ValueError(

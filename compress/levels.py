@@ -1,8 +1,7 @@
-"""The integer grids of weights: int8 with a scale by row, and 4 bits with a scale and a zero by group of inputs."""
+"""The integer grids of weights: int8 with a scale by row, and 4 bits with a step and a zero by group of inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +13,11 @@ LEVELS = 127  # the largest magnitude of a symmetric int8
 TINY = 1e-30  # replaces the largest magnitude of a row of zeros, far below any real one
 ROWS = 1024  # weight rows quantized at a time, so that the temporaries stay small
 TOP = 15  # the largest 4-bit level; the smallest is 0
+STEPS = range(16, 32)  # what a group's step may be, in scales of its row: one half of a byte
 CACHED = 1 << 17  # weights searched at a time: what a core's cache holds
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of a group's range: clipped, it has finer steps
-HALF_SCALES = (2.0**-24, 65504.0)  # the smallest and the largest positive float16
 
 Int8 = NDArray[np.int8]
 UInt8 = NDArray[np.uint8]
-Halves = NDArray[np.float16]
 
 
 class Weight8(NamedTuple):
@@ -31,10 +28,14 @@ class Weight8(NamedTuple):
 
 
 class Weight4(NamedTuple):
-    """A weight [N, K] as `scale * (levels - zero)`, in groups of neighbouring inputs; the last one may be shorter."""
+    """A weight [N, K] as `scale * step * (levels - zero)`, step and zero by group of neighbouring inputs.
+
+    The last group may be shorter.
+    """
 
     levels: UInt8  # [N, K], 0 to 15
-    scale: Halves  # [N, ceil(K / group)]
+    scale: Floats  # [N]
+    step: UInt8  # [N, ceil(K / group)], 16 to 31
     zero: UInt8  # [N, ceil(K / group)], 0 to 15
 
 
@@ -50,36 +51,33 @@ def round_to_nearest(weight: Floats) -> Weight8:
     return Weight8(quantized, scale)
 
 
-def round_by_group(
-    weight: Floats, group: int, importance: Floats | None = None, shrink: Sequence[float] = SHRINK
-) -> Weight4:
+def round_by_group(weight: Floats, group: int) -> Weight4:
     """4 bits by group of inputs.
 
-    Each group's range is shrunk by the factor of `shrink` whose rounding is nearest, in squares weighted by
-    `importance` [K].
+    A row's scale lets the largest step span the widest group of the row. Of the steps, each group has the one whose
+    rounding is nearest, in squares: a smaller one clips a few inputs and is finer for all others.
     """
     num_outputs, num_inputs = weight.shape
     groups = -(-num_inputs // group)
     levels = np.empty(weight.shape, np.uint8)
-    scale = np.empty((num_outputs, groups), np.float16)
-    zero = np.empty((num_outputs, groups), np.uint8)
-    weights = np.zeros(groups * group, np.float32)  # of the squares; inputs that fill up the last group have none
-    weights[:num_inputs] = 1 if importance is None else importance
-    step = max(1, CACHED // num_inputs)
-    for start in range(0, num_outputs, step):
-        rows = slice(start, start + step)
+    scale = np.empty(num_outputs, np.float32)
+    step, zero = np.empty((num_outputs, groups), np.uint8), np.empty((num_outputs, groups), np.uint8)
+    rows_at_once = max(1, CACHED // num_inputs)
+    for start in range(0, num_outputs, rows_at_once):
+        rows = slice(start, start + rows_at_once)
         block = np.zeros((len(weight[rows]), groups * group), np.float32)
         block[:, :num_inputs] = weight[rows]
         apart = block.reshape(len(block), groups, group)
-        scale[rows], zero[rows] = _search_grids(apart, weights.reshape(groups, group), shrink)
-        found = nearest_levels(apart, scale[rows, :, None], zero[rows, :, None])
+        scale[rows], step[rows], zero[rows] = _search_grids(apart)
+        steps = scale[rows, None, None] * step[rows, :, None]
+        found = nearest_levels(apart, steps, zero[rows, :, None])
         levels[rows] = found.reshape(block.shape)[:, :num_inputs]
-    return Weight4(levels, scale, zero)
+    return Weight4(levels, scale, step, zero)
 
 
-def nearest_levels(weight: Floats, scale: Halves, zero: UInt8) -> Floats:
-    """The 4-bit levels nearest to `weight`, as floats; scale and zero broadcast against it."""
-    levels: Floats = np.divide(weight, scale.astype(np.float32))
+def nearest_levels(weight: Floats, step: Floats, zero: UInt8) -> Floats:
+    """The 4-bit levels nearest to `weight`, as floats; step (a real one) and zero broadcast against it."""
+    levels: Floats = np.divide(weight, step)
     np.rint(levels, out=levels)
     np.add(levels, zero, out=levels)
     return np.clip(levels, 0, TOP, out=levels)
@@ -90,25 +88,26 @@ def dequantize(weight: Weight8 | Weight4, group: int) -> Floats:
     if isinstance(weight, Weight8):
         return weight.levels * weight.scale[:, None]
     num_inputs = weight.levels.shape[1]
-    scale, zero = (np.repeat(x.astype(np.float32), group, axis=1)[:, :num_inputs] for x in weight[1:])
-    exact: Floats = scale * (weight.levels - zero)
+    step, zero = (np.repeat(x.astype(np.float32), group, axis=1)[:, :num_inputs] for x in (weight.step, weight.zero))
+    exact: Floats = weight.scale[:, None] * step * (weight.levels - zero)
     return exact
 
 
-def _search_grids(block: Floats, importance: Floats, shrink: Sequence[float]) -> tuple[Halves, UInt8]:
-    """Scale and zero, each [N, groups], of a weight [N, groups, group]; importance is [groups, group]."""
+def _search_grids(block: Floats) -> tuple[Floats, UInt8, UInt8]:
+    """The scale [N] of each row, and the step and zero [N, groups] of each group, of a weight [N, groups, group]."""
     high = np.maximum(block.max(axis=-1), 0)  # a grid that holds 0 keeps zeros exact
     low = np.minimum(block.min(axis=-1), 0)
+    scale = (np.maximum((high - low).max(axis=1), TINY) / (TOP * STEPS[-1])).astype(np.float32)
     best = np.full(high.shape, np.inf, np.float32)
-    best_scale, best_zero = np.empty(high.shape, np.float16), np.empty(high.shape, np.uint8)
-    for factor in shrink:
-        scale = np.clip((high - low) * (factor / TOP), *HALF_SCALES).astype(np.float16)
-        zero = np.clip(np.rint(-low * factor / scale), 0, TOP).astype(np.uint8)
-        error = nearest_levels(block, scale[..., None], zero[..., None])
+    best_step, best_zero = np.empty(high.shape, np.uint8), np.empty(high.shape, np.uint8)
+    for step in STEPS:
+        real = scale[:, None] * np.float32(step)
+        zero = np.clip(np.rint(TOP / 2 - (high + low) / (2 * real)), 0, TOP).astype(np.uint8)
+        error = nearest_levels(block, real[..., None], zero[..., None])
         error -= zero[..., None]
-        error *= scale[..., None]
+        error *= real[..., None]
         error -= block
-        squares = np.einsum("ngk,ngk,gk->ng", error, error, importance)
+        squares = np.einsum("ngk,ngk->ng", error, error)
         better = squares < best
-        best[better], best_scale[better], best_zero[better] = squares[better], scale[better], zero[better]
-    return best_scale, best_zero
+        best[better], best_step[better], best_zero[better] = squares[better], step, zero[better]
+    return scale, best_step, best_zero

@@ -95,7 +95,7 @@ class NativeGraph:
             "activation": activation,
         }
         if precision.weight_bits == 4:
-            op, third = "Linear4", f"{name}.zero"
+            op, third = "Linear4", f"{name}.grid"
             attributes["group"] = precision.group
         else:
             op, third = "Linear8", f"{name}.sums"

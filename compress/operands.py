@@ -14,12 +14,14 @@ import numpy as np
 from onnx import TensorProto
 
 from compress.graph import GraphBuilder
+from compress.levels import STEPS, TOP
 from compress.packing import DEPTH, TILE, pad
 from compress.precisions import FLOAT, is_weight_only
 from proto.manifest import Precision
 
 COLUMNS = (1, 3, 0, 2)  # of a tiled weight [B, C, 16, 4]: [K, N]
 ROWS = (0, 2, 1, 3)  # [N, K]
+FOUR = np.array(4, np.uint8)  # bits of half a byte
 
 
 class Operand(NamedTuple):
@@ -56,8 +58,18 @@ def load(graph: GraphBuilder, name: str, precision: Precision, shape: tuple[int,
         return _cut(graph, value, padded, cut, (num_outputs, groups, *inner))
 
     weight = by_group(f"{name}.weight", ROWS, group // 2)
-    scale = by_group(graph.node("Cast", [f"{name}.scale"], f"{name}.scale.float", to=TensorProto.FLOAT), (0, 2, 1))
-    return Operand(weight, scale, _join_halves(graph, by_group(f"{name}.zero", (0, 2, 1)), num_outputs, groups))
+    grid = by_group(f"{name}.grid", (0, 2, 1))
+    high = graph.node("BitShift", [grid, graph.shared("four", FOUR)], f"{name}.step.half", direction="RIGHT")
+    step = graph.node("Cast", [high], f"{name}.step.above", to=TensorProto.FLOAT)
+    step = graph.node("Add", [step, graph.shared("steps.least", np.array(STEPS[0], np.float32))], f"{name}.step")
+    scale = row_values(graph, f"{name}.scale", num_outputs, parts)
+    scale = graph.node("Reshape", [scale, _sizes(graph, (num_outputs, 1))], f"{name}.scale.column")
+    zero = graph.node("BitwiseAnd", [grid, graph.shared("half", np.array(TOP, np.uint8))], f"{name}.zero")
+    return Operand(
+        weight,
+        graph.node("Mul", [step, scale], f"{name}.scale.groups"),
+        _join_halves(graph, zero, num_outputs, groups),
+    )
 
 
 def int8_columns(graph: GraphBuilder, name: str, shape: tuple[int, int], parts: int = 1) -> str:
@@ -97,8 +109,7 @@ def _join_halves(graph: GraphBuilder, zero: str, num_outputs: int, groups: int) 
         zero = graph.node("Pad", [zero, _sizes(graph, (0, 0, 0, 1))], f"{zero}.even")
     pairs = graph.node("Reshape", [zero, _sizes(graph, (num_outputs, -1, 2))], f"{zero}.pairs")
     low, high = graph.nodes("Split", [pairs], [f"{zero}.low", f"{zero}.high"], axis=2, num_outputs=2)
-    four = graph.shared("four", np.array(4, np.uint8))
-    high = graph.node("BitShift", [high, four], f"{zero}.shifted", direction="LEFT")
+    high = graph.node("BitShift", [high, graph.shared("four", FOUR)], f"{zero}.shifted", direction="LEFT")
     joined = graph.node("BitwiseOr", [low, high], f"{zero}.joined")
     return graph.node("Reshape", [joined, _sizes(graph, (num_outputs, -1))], f"{zero}.halves")
 

@@ -71,10 +71,10 @@ def unpack_int4(packed: UInt8, shape: tuple[int, int], parts: int = 1) -> UInt8:
     return drop_rows(levels, shape[0], parts)[:, : shape[1]]
 
 
-def pack_groups(values: NDArray[Any], num_inputs: int, group: int, parts: int = 1, fill: float = 0) -> NDArray[Any]:
+def pack_groups(values: NDArray[Any], num_inputs: int, group: int, parts: int = 1) -> NDArray[Any]:
     """A value of each group [N, ceil(K / group)] -> [ceil(N/16), ceil(K/64) 64 / group, 16]."""
     missing = pad(num_inputs, DEPTH) // group - values.shape[1]
-    padded = pad_rows(np.pad(values, ((0, 0), (0, missing)), constant_values=fill), parts, fill)
+    padded = pad_rows(np.pad(values, ((0, 0), (0, missing))), parts)
     return padded.reshape(-1, TILE, padded.shape[1]).transpose(0, 2, 1)
 
 

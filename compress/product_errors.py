@@ -11,13 +11,10 @@ import numpy as np
 from compress.blocks import WeightBlocks, dequantize_blocks
 from compress.checkpoint import Floats
 from compress.constants import Rounded, WeightHook, nearest
-from compress.levels import TINY, dequantize
+from compress.levels import LEVELS, TINY, dequantize
 from compress.precisions import precision_of
 from compress.rotation import rotate
-from compress.smoothing import quantize_rows
 from proto.manifest import Precision, Recipe
-
-ROWS = 64  # of a product's inputs: enough for a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class ErrorMeter:
             rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
             rows = inputs.get(product)
             if rows is not None:
-                rows = rows[:: max(1, len(rows) // ROWS)] / scales.get(product, np.float32(1))
+                rows = rows / scales.get(product, np.float32(1))
             self.errors[product] = measure(weight, rounded, precision, rows)
             return rounded
 
@@ -73,3 +70,10 @@ def measure(weight: Floats, rounded: Rounded, precision: Precision, inputs: Floa
     held = quantize_rows(rows) if precision.activation_bits == 8 else rows
     norms = np.linalg.norm(held @ found.T - exact, axis=1) / (np.linalg.norm(exact, axis=1) + TINY)
     return ProductError(of_weight, float(norms.mean()))
+
+
+def quantize_rows(x: Floats) -> Floats:
+    """Rows of x [R, K] as symmetric int8 would hold them, dequantized."""
+    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / LEVELS
+    rounded: Floats = np.rint(x / scale) * scale
+    return rounded

@@ -23,7 +23,7 @@ from compress.accuracy_levels import choose
 from compress.artifact_folder import artifact_folder, copy_tokenizer
 from compress.blocks import round_blocks_compensating
 from compress.budget import default_budget, parse
-from compress.calibration import Activations, Calibration
+from compress.calibration import Calibration
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import Rounded, WeightHook
 from compress.corpus import Corpus, make_corpus, sides_of
@@ -38,7 +38,7 @@ from compress.report import write_report
 from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
 from compress.runners import forms_here, open_streams
-from compress.smoothing import search_layer
+from compress.smoothing import balance_layer
 from compress.summary import limited_figures
 from compress.treatment import Treat, Treatment, leave
 from compress.weights import Weights
@@ -74,9 +74,8 @@ class Options:
     name: str = ""
     text: Path | None = None
     window: int = 512  # tokens of context in calibration and gate
-    calibration_windows: int = 8
+    calibration_windows: int = 24
     held_out_windows: int = 16
-    calibration_rows: int = 256
     gate: str = ""  # limits; by default those of the recipe
     force: bool = False
     measure: bool = True
@@ -87,7 +86,6 @@ class Options:
             ("window", 2),
             ("calibration_windows", 1),
             ("held_out_windows", 2),  # one tells nothing of how far figures vary
-            ("calibration_rows", 1),
         ):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is too small; give at least {least}")
@@ -175,30 +173,32 @@ def make_treat(
     rounds, int8_caches = recipe.default != FLOAT, options.kv == "int8"
     if not rounds and not int8_caches:
         return leave
-    walk = Calibration(checkpoint, decoder, calibration.windows, rows=options.calibration_rows, threads=threads)
+    walk = Calibration(checkpoint, decoder, calibration.windows, threads=threads)
     weights = Weights(checkpoint, decoder, {})
 
     def treat(layer: int | None) -> Treatment:
         if layer is None:
-            return Treatment(hook=meter.watch())  # the head stays nearest: it may be the embedding too
+            if not rounds:
+                return Treatment()
+            return Treatment(hook=meter.watch(compensating_hook(recipe, {"head": walk.head_moment()}, {})))
         activations = walk.next_layer()
         kv_scales = activations.kv_scales if int8_caches else None
         if not rounds:
             return Treatment(kv_scales=kv_scales)
-        scales = search_layer(decoder, weights, layer, activations.inputs, recipe)
-        hook = meter.watch(compensating_hook(recipe, activations, scales), activations.inputs, scales)
+        scales = balance_layer(decoder, weights, layer, activations.moments, recipe)
+        hook = meter.watch(compensating_hook(recipe, activations.moments, scales), activations.inputs, scales)
         levels = choose(decoder, weights, layer, activations.inputs, recipe)
         return Treatment(scales, hook, levels, kv_scales)
 
     return treat
 
 
-def compensating_hook(recipe: Recipe, activations: Activations, scales: Mapping[str, Floats]) -> WeightHook:
-    """Rounds the weights of a layer so that errors cancel on the calibration inputs."""
+def compensating_hook(recipe: Recipe, moments: Mapping[str, Floats], scales: Mapping[str, Floats]) -> WeightHook:
+    """Rounds weights so that errors cancel on the calibration inputs."""
 
     def round_weight(product: str, weight: Floats) -> Rounded:
         precision = precision_of(recipe, product)
-        moment = activations.moments[product]
+        moment = moments[product]
         if product in scales:
             moment = moment / np.outer(scales[product], scales[product])
         if precision.rotated:

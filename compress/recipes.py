@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.families import Decoder
-from compress.precisions import FLOAT, W4, W4A8, W4A8_ROTATED, W8, W8A8_ROTATED
+from compress.precisions import FLOAT, W4, W4A8_ROTATED, W8, W8A8_ROTATED
 from proto.manifest import Recipe
 
 RECIPES = ("fp32", "w8a8", "w4a8", "w8", "w4")
@@ -12,9 +12,8 @@ RECIPES = ("fp32", "w8a8", "w4a8", "w8", "w4")
 def make_recipe(name: str, decoder: Decoder) -> Recipe:
     """The recipe called `name` for a decoder. Raises ValueError that lists the known ones.
 
-    In `w8a8` all products read rotated inputs.
-    `w4a8` halves what a token reads: all weights but the head's have 4 bits. Of them, `down` reads the inputs with the
-    heaviest tails, and so rotated ones.
+    In `w8a8` and `w4a8` all products read rotated inputs. `w4a8` halves what a token reads: all weights but the head's
+    have 4 bits.
     `w8` and `w4` are weight-only, for machines where the portable graph is all that runs; the head has 8 bits in both.
     """
     match name:
@@ -23,9 +22,7 @@ def make_recipe(name: str, decoder: Decoder) -> Recipe:
         case "w8a8":
             return Recipe(name=name, default=W8A8_ROTATED)
         case "w4a8":
-            downs = [product for product in decoder.products if product.endswith(".down")]
-            products = dict.fromkeys(downs, W4A8_ROTATED) | {"head": W8A8_ROTATED}
-            return Recipe(name=name, default=W4A8, products=products)
+            return Recipe(name=name, default=W4A8_ROTATED, products={"head": W8A8_ROTATED})
         case "w8":
             return Recipe(name=name, default=W8)
         case "w4":

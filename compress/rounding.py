@@ -1,7 +1,7 @@
-"""Error-compensating weight rounding (GPTQ, arXiv:2210.17323).
+"""Error-compensating weight rounding (GPTQ, arXiv:2210.17323; in the form of LDLQ, arXiv:2307.13304).
 
-Columns of a weight are rounded one after another; each column's error is made up for by the columns still to come,
-as far as the inputs are correlated. `hessian` is the second moment of the product's inputs, sum over rows of x x^T.
+Columns of a weight are rounded one after another; each column makes up for the errors of those before it, as far as the
+inputs are correlated. `hessian` is the second moment of the product's inputs, sum over rows of x x^T.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 from compress.checkpoint import Floats
 from compress.levels import LEVELS, TINY, Weight4, Weight8, nearest_levels, round_by_group
 
-BLOCK = 128  # columns updated one by one, before their joint effect goes to the rest in one product
-DAMPING = 0.01  # of the mean diagonal: keeps the inverse stable when few rows were seen
+BLOCK = 128  # columns that make up one by one for each other's errors, and together for those of all before
+ROWS = 4096  # rows at a time: they do not depend on each other, and the head has as many as the vocabulary
+DAMPING = 0.03  # of the mean diagonal: what the calibration text correlates by chance
 
-# (k, column [N] of what is still to be rounded) -> the value [N] that the grid has for it; keeps the levels
-Rounder = Callable[[int, Floats], Floats]
+# (rows, k, column of what is to be rounded) -> the value that the grid has for it; keeps the levels
+Rounder = Callable[[slice, int, Floats], Floats]
 
 
 def round_compensating(weight: Floats, hessian: Floats) -> Weight8:
@@ -25,10 +26,10 @@ def round_compensating(weight: Floats, hessian: Floats) -> Weight8:
     scale = (np.maximum(np.abs(weight).max(axis=1), TINY) / LEVELS).astype(np.float32)
     levels = np.empty(weight.shape, np.int8)
 
-    def to_grid(k: int, column: Floats) -> Floats:
-        q = np.clip(np.rint(column / scale), -LEVELS, LEVELS)
-        levels[:, k] = q
-        value: Floats = q * scale
+    def to_grid(rows: slice, k: int, column: Floats) -> Floats:
+        q = np.clip(np.rint(column / scale[rows]), -LEVELS, LEVELS)
+        levels[rows, k] = q
+        value: Floats = q * scale[rows]
         return value
 
     compensate(weight, hessian, to_grid)
@@ -40,14 +41,14 @@ def round_by_group_compensating(weight: Floats, hessian: Floats, group: int) -> 
 
     The grids are chosen beforehand, for the weight as it was: so the columns may be rounded in any order.
     """
-    nearest = round_by_group(weight, group, np.diag(hessian))
-    levels = nearest.levels
+    nearest = round_by_group(weight, group)
+    steps = nearest.scale[:, None] * nearest.step
 
-    def to_grid(k: int, column: Floats) -> Floats:
-        scale, zero = nearest.scale[:, k // group], nearest.zero[:, k // group]
-        q = nearest_levels(column, scale, zero)
-        levels[:, k] = q
-        value: Floats = (q - zero) * scale
+    def to_grid(rows: slice, k: int, column: Floats) -> Floats:
+        step, zero = steps[rows, k // group], nearest.zero[rows, k // group]
+        q = nearest_levels(column, step, zero)
+        nearest.levels[rows, k] = q
+        value: Floats = (q - zero) * step
         return value
 
     compensate(weight, hessian, to_grid)
@@ -56,22 +57,26 @@ def round_by_group_compensating(weight: Floats, hessian: Floats, group: int) -> 
 
 def compensate(weight: Floats, hessian: Floats, to_grid: Rounder) -> None:
     """Give the columns to `to_grid`, one after the other, with the errors so far made up for."""
-    num_inputs = weight.shape[1]
     order = np.argsort(-np.diag(hessian), kind="stable")  # the inputs that matter most first, while all can make up
-    rest = np.ascontiguousarray(weight.T[order], np.float32)  # [K, N]: a column of the weight lies together
-    factor = inverse_factor(hessian[np.ix_(order, order)])
-    for start in range(0, num_inputs, BLOCK):
-        end = min(start + BLOCK, num_inputs)
-        errors = np.empty((end - start, len(weight)), np.float32)
-        for k in range(start, end):
-            errors[k - start] = (rest[k] - to_grid(int(order[k]), rest[k])) / factor[k, k]
-            rest[k + 1 : end] -= np.outer(factor[k, k + 1 : end], errors[k - start])
-        rest[end:] -= factor[start:end, end:].T @ errors
+    factor = feedback(hessian[np.ix_(order, order)])
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, min(first + ROWS, len(weight)))
+        exact = np.ascontiguousarray(weight[rows].T[order], np.float32)  # [K, rows]: a column lies together
+        errors = np.empty_like(exact)
+        for start in range(0, len(order), BLOCK):
+            end = min(start + BLOCK, len(order))
+            wanted = exact[start:end] + factor[:start, start:end].T @ errors[:start]
+            for k in range(start, end):
+                column = wanted[k - start] + factor[start:k, k] @ errors[start:k]
+                errors[k] = exact[k] - to_grid(rows, int(order[k]), column)
 
 
-def inverse_factor(hessian: Floats) -> Floats:
-    """Upper Cholesky factor of the damped inverse: row k tells how later columns make up for column k."""
+def feedback(hessian: Floats) -> Floats:
+    """How much of the error of input j the input k > j makes up for: [j, k], the rest is not used.
+
+    The unit upper factor U of the damped hessian U D U^T.
+    """
     damped = hessian.astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * np.diag(damped).mean() + TINY
-    inverse = np.linalg.inv(damped)
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return (upper / np.diag(upper)).astype(np.float32)

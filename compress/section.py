@@ -85,6 +85,22 @@ class Layer(StockGraph):
         return Seen(out, dict(zip(self.product_inputs, inputs, strict=True)), caches[0][0], caches[1][0])
 
 
+class FinalNorm(StockGraph):
+    """What the head reads. Needs the constants of the final norm."""
+
+    def __init__(self, weights: WeightMemory, decoder: Decoder, recipe: Recipe, *, threads: int) -> None:
+        super().__init__(weights, decoder, recipe)
+        shape = ("tokens", decoder.hidden_size)
+        self._normed = self._norm(self.graph.input("residual", np.float32, shape), "final_norm")
+        self.graph.output(self._normed, np.float32, shape)
+        self._session = weights.open(self.graph.model(), threads)
+
+    def run(self, hidden: Floats) -> Floats:
+        """The residual stream [tokens, hidden], normed."""
+        normed: Floats = self._session.run([self._normed], {"residual": hidden})[0]
+        return normed
+
+
 class Head(StockGraph):
     """The final norm and the head. Needs their constants."""
 

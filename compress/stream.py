@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from compress.checkpoint import Checkpoint, Floats
-from compress.constants import write_embedding, write_head, write_layer, write_positions
+from compress.constants import write_embedding, write_final_norm, write_head, write_layer, write_positions
 from compress.families import Decoder
 from compress.precisions import FLOAT
-from compress.section import Embedding, Head, Layer, Seen
+from compress.section import Embedding, FinalNorm, Head, Layer, Seen
 from compress.weight_memory import WeightMemory
 from compress.weights import Weights
 from proto.manifest import Recipe
@@ -46,9 +46,16 @@ class Stream:
                 see(number, seen)
         self.layer += 1
 
+    def final_norm(self) -> FinalNorm:
+        """The final norm alone, ready to run."""
+        memory = WeightMemory()
+        write_final_norm(memory, self._weights)
+        return FinalNorm(memory, self.decoder, FULL, threads=self._threads)
+
     def head(self) -> Head:
         """The final norm and the head, ready to run."""
         memory = WeightMemory()
+        write_final_norm(memory, self._weights)
         write_head(memory, self.decoder, self._weights, FULL, None)
         return Head(memory, self.decoder, FULL, threads=self._threads)
 

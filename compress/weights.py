@@ -26,12 +26,12 @@ Tensors = tuple[Floats, Floats | None]  # a weight and its bias
 
 
 def share_over_groups(decoder: Decoder, values: Floats) -> Floats:
-    """[num_heads * head_size] -> the same shape, each value the largest among the query heads of its KV head.
+    """[num_heads * head_size] -> the same shape, each value the mean over the query heads of its KV head.
 
     Makes a scale for `o` foldable: query heads of one group read the same v.
     """
     grouped = values.reshape(decoder.num_kv_heads, -1, decoder.head_size)
-    return np.broadcast_to(grouped.max(axis=1, keepdims=True), grouped.shape).reshape(-1).copy()
+    return np.broadcast_to(grouped.mean(axis=1, keepdims=True), grouped.shape).reshape(-1).copy()
 
 
 class Weights:
@@ -138,7 +138,7 @@ class Weights:
                 raise ValueError(f"the scale of {product} cannot be folded; those of {', '.join(sorted(foldable))} can")
             if scale.shape != (sizes[role],) or not np.all(scale > 0):
                 raise ValueError(f"the scale of {product} must be {sizes[role]} positive numbers, not {scale.shape}")
-            if role == "o" and not np.array_equal(scale, share_over_groups(d, scale)):
+            if role == "o" and np.ptp(scale.reshape(d.num_kv_heads, -1, d.head_size), axis=1).any():
                 raise ValueError(f"the scale of {product} differs within a KV group: use share_over_groups")
 
 

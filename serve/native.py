@@ -25,7 +25,7 @@ COMPILERS = ("c++", "g++", "clang++")
 QUIET = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")  # gcc 12's headers warn about themselves
 # No contraction of a * b + c, so that every instruction set rounds alike.
 FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror", *QUIET)
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 INSTRUCTION_SETS = {
     "amx": (*AVX512, "-mamx-tile", "-mamx-int8", "-DPAWL_AMX"),

@@ -344,7 +344,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         window=64,
         calibration_windows=4,
         held_out_windows=2,
-        calibration_rows=64,
         force=True,
         measure=False,
     )

@@ -43,14 +43,8 @@ void take(const Job& j, const float* from, float* x) {
   memset(x + j.a.head_size, 0, (j.a.key_size() - j.a.head_size) * sizeof(float));
 }
 
-void norm_and_rotate(const Attention& a, const float* weight, int position, float* x) {
-  if (weight) {
-    F square = set(0.f);
-    for (int i = 0; i < a.head_size; i += kLanes) square = fma(load(x + i), load(x + i), square);
-    float factor = 1 / std::sqrt(reduce_add(square) / a.head_size + a.epsilon);
-    for (int i = 0; i < a.head_size; i++) x[i] *= factor * weight[i];
-  }
-  if (!a.rotary) return;
+// The rotary embedding.
+void turn(const Attention& a, int position, float* x) {
   int half = a.rotary / 2, step = a.interleaved ? 2 : 1;
   const float *cosine = a.cos + (size_t)position * half, *sine = a.sin + (size_t)position * half;
   alignas(64) float u[kMostHead / 2], v[kMostHead / 2];  // what rotates, apart
@@ -61,6 +55,19 @@ void norm_and_rotate(const Attention& a, const float* weight, int position, floa
     store(v + i, fma(p, s, mul(q, c)));
   }
   for (int i = 0; i < half; i++) x[i * step] = u[i], x[a.interleaved ? 2 * i + 1 : half + i] = v[i];
+}
+
+// A query or a key. The Hadamard rotation behind the rotary embedding spreads the few large dimensions that keys have
+// over 64, so that 8 bits hold them better (arXiv:2404.00456).
+void prepare(const Attention& a, const float* weight, int position, float* x) {
+  if (weight) {
+    F square = set(0.f);
+    for (int i = 0; i < a.head_size; i += kLanes) square = fma(load(x + i), load(x + i), square);
+    float factor = 1 / std::sqrt(reduce_add(square) / a.head_size + a.epsilon);
+    for (int i = 0; i < a.head_size; i++) x[i] *= factor * weight[i];
+  }
+  if (a.rotary) turn(a, position, x);
+  for (int i = 0; i < a.key_size(); i += kDepth) rotate64(x + i);  // of queries and keys alike: scores stay the same
 }
 
 float largest(const float* x, int size) {
@@ -74,7 +81,7 @@ void put_key(const Job& j, int token, int position, int head, uint8_t* block) {
   alignas(64) float x[kMostHead];
   alignas(64) uint8_t level[kMostHead];
   take(j, j.qkv + (size_t)token * j.width() + (size_t)(a.heads + head) * a.head_size, x);
-  norm_and_rotate(a, a.k_norm, position, x);
+  prepare(a, a.k_norm, position, x);
   int size = a.key_size(), t = position % kTokens;
   float top = largest(x, size);
   for (int i = 0; i < size; i += kLanes) store_bytes(level + i, add(to_int(mul(load(x + i), set(kByteLevels / top))), set(128)));
@@ -204,7 +211,7 @@ void attend_tile(const Job& j, int segment, int row0, int head) {
     int index = (row0 + r) / group, h = head * group + (row0 + r) % group;
     alignas(64) float x[kMostHead];
     take(j, j.qkv + (size_t)(batch.start(segment) + index) * j.width() + (size_t)h * a.head_size, x);
-    norm_and_rotate(a, a.q_norm, past + index, x);
+    prepare(a, a.q_norm, past + index, x);
     query[r] = quantize_query(a, x, past + index, high_plane + r * key_size, high_plane + (rows + r) * key_size);
     memset(out[r], 0, value_size * sizeof(float));
     max_so_far[r] = kNever, sum_so_far[r] = 0;

@@ -29,9 +29,9 @@ struct Linear {
   int norm = kNoNorm, activation = kNoActivation;
   float epsilon = 0;
   const uint8_t* weight = nullptr;
-  const void* scale = nullptr;       // float32 for 8 bits, float16 for 4
+  const float* scale = nullptr;      // of each output
   const int32_t* sums = nullptr;     // 8 bits
-  const uint8_t* zero = nullptr;     // 4 bits
+  const uint8_t* grid = nullptr;     // 4 bits: of each group
   const float *norm_weight = nullptr, *norm_bias = nullptr, *bias = nullptr;
 
   int depth() const { return round_up(inputs, kDepth); }

@@ -81,8 +81,9 @@ void quantize_row(const Linear& l, const float* x, const Rows& rows, int m) {
   }
 }
 
-// ---- products with 4-bit weights: floats [rows, kWidth, 16] that only the row's scale still multiplies
+// ---- products with 4-bit weights: floats [rows, kWidth, 16] that only the scales of row and output still multiply
 
+constexpr int kLeastStep = 16; // of a group, in scales of its output
 constexpr int kWidth = 4;   // blocks at a time
 constexpr int kHeight = 24; // rows at a time: their sums stay in the first cache
 
@@ -119,12 +120,12 @@ INLINE void dot4bit(const Linear& l, const uint8_t* q, int stride, const int* bl
     }
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; b++) {
-      size_t at = ((size_t)block[b] * groups + g) * kBlock;
-      F scale = load_half((const uint16_t*)l.scale + at), zero = to_float(widen(l.zero + at));
+      I grid = widen(l.grid + ((size_t)block[b] * groups + g) * kBlock);
+      F step = to_float(add(shift_right<4>(grid), set(kLeastStep))), zero = to_float(mask(grid, set(15)));
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
         F of_group = set((float)((const int32_t*)(q + r * stride + depth))[g]);
-        total[r][b] = fma(scale, fnma(zero, of_group, to_float(sum[r][b])), total[r][b]);
+        total[r][b] = fma(step, fnma(zero, of_group, to_float(sum[r][b])), total[r][b]);
       }
     }
   }
@@ -159,9 +160,10 @@ void dots_of_nibbles(const Linear& l, const uint8_t* q, int stride, int rows, co
 
 // One block of one row as real values.
 INLINE F value(const Linear& l, const int32_t* out, float scale, int block) {
-  if (l.bits == 4) return mul(load((const float*)out), set(scale));
+  F of_output = mul(set(scale), load(l.scale + block * kBlock));
+  if (l.bits == 4) return mul(load((const float*)out), of_output);
   I shift = shift_left<7>(load(l.sums + block * kBlock));  // what level + 128 added
-  return mul(to_float(sub(load(out), shift)), mul(set(scale), load((const float*)l.scale + block * kBlock)));
+  return mul(to_float(sub(load(out), shift)), of_output);
 }
 
 INLINE F biased(const Linear& l, F v, int output, int count) {  // `count` of the lanes are outputs

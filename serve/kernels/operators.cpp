@@ -55,7 +55,7 @@ struct InstructionSet {
 };
 
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -174,17 +174,16 @@ struct LinearKernel {
     l.rotate = info.size("rotate", 0, 1);
     size_t blocks = (size_t)l.blocks() * (l.activation == kSwiGlu ? 2 : 1), depth = l.depth();
     size_t bias = (size_t)l.outputs * (l.activation == kSwiGlu ? 2 : 1);
+    l.scale = info.constant<float>(2, "scale", blocks * kBlock);
     if (bits == 8) {
       l.weight = info.constant<uint8_t>(1, "weight", blocks * depth * kBlock);
-      l.scale = info.constant<float>(2, "scale", blocks * kBlock);
       l.sums = info.constant<int32_t>(3, "sums", blocks * kBlock);
     } else {
       l.group = info.size("group", 32, 64);
       check(l.group != 0 && kDepth % l.group == 0, "group must be 32 or 64");
       size_t groups = depth / l.group;
       l.weight = info.constant<uint8_t>(1, "weight", blocks * depth * kBlock / 2);
-      l.scale = info.constant<uint16_t>(2, "scale", blocks * groups * kBlock);
-      l.zero = info.constant<uint8_t>(3, "zero", blocks * groups * kBlock);
+      l.grid = info.constant<uint8_t>(3, "grid", blocks * groups * kBlock);
     }
     l.norm_weight = info.constant<float>(4, "norm", l.inputs, l.norm != kNoNorm);
     l.norm_bias = info.constant<float>(5, "norm_bias", l.inputs, false);
@@ -370,7 +369,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   if (!instruction_set()) return ort::error(kFail, "this processor has neither AVX2 nor what PAWL_INSTRUCTION_SET names");
   static const Operator operators[] = {
       make<Linear8Kernel>("Linear8", {kFloat, kInt8, kFloat, kInt32, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
-      make<Linear4Kernel>("Linear4", {kFloat, kUint8, kFloat16, kUint8, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
+      make<Linear4Kernel>("Linear4", {kFloat, kUint8, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
       make<EmbedKernel>("Embed", {kInt64, kInt8, kFloat, kInt32, kFloat}, 4, {kFloat}),
       make<AttendKernel>("Attend", {kFloat, kUint8, kInt32, kInt32, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
       make<SelectKernel>("Select", {kFloat, kFloat}, 2, {kInt32, kFloat}),

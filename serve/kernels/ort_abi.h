@@ -44,7 +44,7 @@ struct OrtCustomOp {
   void* unused[8];  // shape inference, versions, in-place hints: optional
 };
 
-enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
 namespace ort {

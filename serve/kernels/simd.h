@@ -21,7 +21,6 @@ using F = __m512;
 using I = __m512i;
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 INLINE F set(float x) { return _mm512_set1_ps(x); }
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -68,9 +67,6 @@ struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 
 INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-INLINE F load_half(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
-}
 INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

@@ -47,7 +47,7 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "gpt2": (transformers.GPT2Config, GPT2),
 }
 FP32 = Recipe(name="fp32", default=FLOAT)
-SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2", "--calibration-rows", "64"]
+SMALL = ["--window", "64", "--calibration-windows", "4", "--held-out-windows", "2"]
 
 # Of a product: [N, K].
 WEIGHT = np.random.default_rng(1).normal(size=(40, 96)).astype(np.float32)

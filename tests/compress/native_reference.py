@@ -58,13 +58,11 @@ def linear8(x: Array, weight: Array, scale: Array, sums: Array, *optional: Array
     return linear(x, levels * drop_rows(scale, shape[0], parts)[:, None], *optional, **attributes)
 
 
-def linear4(x: Array, weight: Array, scale: Array, zero: Array, *optional: Array, group: int, **attributes: Any):
+def linear4(x: Array, weight: Array, scale: Array, grid: Array, *optional: Array, group: int, **attributes: Any):
     shape, parts = product_of(attributes)
-    scales, zeros = (
-        np.repeat(unpack_groups(v, shape, group, parts).astype(np.float32), group, axis=1)[:, : shape[1]]
-        for v in (scale, zero)
-    )
-    return linear(x, scales * (unpack_int4(weight, shape, parts) - zeros), *optional, **attributes)
+    grids = np.repeat(unpack_groups(grid, shape, group, parts).astype(np.int32), group, axis=1)[:, : shape[1]]
+    levels = (16 + (grids >> 4)) * (unpack_int4(weight, shape, parts) - (grids & 15))
+    return linear(x, levels * drop_rows(scale, shape[0], parts)[:, None], *optional, **attributes)
 
 
 def product_of(attributes: dict[str, Any]) -> tuple[tuple[int, int], int]:
@@ -146,7 +144,7 @@ def attend(
         assert not interleaved
         q, k = (rotate(y, cos[:count], sin[:count]) for y in (q, k))
     if cache is not None:
-        k, v = round_rows(k), round_rows(v)
+        q, k, v = spread(q), round_rows(spread(k)), round_rows(v)
     k, v = (np.repeat(y, heads // kv_heads, axis=0) for y in (k, v))
     distance = np.arange(count)[:, None] - np.arange(count)
     hidden = (distance < 0) | ((distance >= window) if window else False)

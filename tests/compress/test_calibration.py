@@ -22,12 +22,12 @@ def seen(tiny: Any, tokens: list[int]) -> tuple[Checkpoint, list[list[int]], dic
     model, path = tiny("llama")
     windows = [tokens, tokens[7:25]]
     inputs: dict[str, list[np.ndarray]] = {}
+    modules = {f"layers.{i}.{role}": f"model.layers.{i}.{module}" for i in range(2) for role, module in MODULES.items()}
     handles = [
-        model.get_submodule(f"model.layers.{layer}.{module}").register_forward_pre_hook(
-            lambda _, x, product=f"layers.{layer}.{role}": inputs.setdefault(product, []).append(x[0][0].numpy())
+        model.get_submodule(module).register_forward_pre_hook(
+            lambda _, x, product=product: inputs.setdefault(product, []).append(x[0][0].numpy())
         )
-        for layer in range(2)
-        for role, module in MODULES.items()
+        for product, module in (modules | {"head": "lm_head"}).items()
     ]
     with torch.no_grad():
         caches = [model(torch.tensor([window]), use_cache=True).past_key_values for window in windows]
@@ -38,7 +38,7 @@ def seen(tiny: Any, tokens: list[int]) -> tuple[Checkpoint, list[list[int]], dic
 
 def test_moments_and_peaks_are_those_of_the_whole_text(seen):
     checkpoint, windows, inputs, caches = seen
-    calibration = Calibration(checkpoint, describe(checkpoint), windows, rows=10, threads=1)
+    calibration = Calibration(checkpoint, describe(checkpoint), windows, threads=1)
     for layer in range(2):
         found = calibration.next_layer()
         assert found.moments.keys() == {f"layers.{layer}.{role}" for role in MODULES}
@@ -49,19 +49,30 @@ def test_moments_and_peaks_are_those_of_the_whole_text(seen):
             np.testing.assert_allclose(steps, KV_MARGIN * np.abs(whole).max(axis=1) / 127, **CLOSE)
 
 
-def test_the_first_token_of_every_window_is_kept(seen):
+def test_some_rows_of_every_window_are_kept(seen, monkeypatch):
+    monkeypatch.setattr("compress.calibration.ROWS", 10)
     checkpoint, windows, inputs, _ = seen
-    calibration = Calibration(checkpoint, describe(checkpoint), windows, rows=10, threads=1)
+    calibration = Calibration(checkpoint, describe(checkpoint), windows, threads=1)
     calibration.next_layer()  # in which the inputs of a token are the same wherever it stands
     for product, rows in calibration.next_layer().inputs.items():
         assert rows.shape == (10, inputs[product].shape[1])
-        np.testing.assert_allclose(rows[[0, 5]], inputs[product][[0, len(windows[0])]], **CLOSE)
         distances = np.abs(rows[:, None] - inputs[product]).max(axis=-1)  # [kept, all]
         assert distances.min(axis=1).max() < 1e-3
-        assert len(set(distances.argmin(axis=1))) == 10, "no row twice"
+        found = distances.argmin(axis=1)
+        assert len(set(found)) == 10, "no row twice"
+        assert sum(found < len(windows[0])) == 5
 
 
-def test_more_rows_than_there_are_are_all(seen):
+def test_fewer_rows_than_wanted_are_all(seen):
     checkpoint, windows, inputs, _ = seen
-    found = Calibration(checkpoint, describe(checkpoint), windows, rows=1000, threads=1).next_layer()
+    found = Calibration(checkpoint, describe(checkpoint), windows, threads=1).next_layer()
     assert {len(rows) for rows in found.inputs.values()} == {len(inputs["layers.0.qkv"])}
+
+
+def test_the_heads_moment_is_behind_the_final_norm(seen):
+    checkpoint, windows, inputs, _ = seen
+    calibration = Calibration(checkpoint, describe(checkpoint), windows, threads=1)
+    for _ in range(2):
+        calibration.next_layer()
+    expected = inputs["head"].T @ inputs["head"]
+    np.testing.assert_allclose(calibration.head_moment(), expected, **CLOSE)

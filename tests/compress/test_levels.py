@@ -7,30 +7,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.levels import dequantize, round_by_group
+from compress.levels import Weight4, dequantize, round_by_group
 
 WEIGHT = np.random.default_rng(1).normal(size=(20, 100)).astype(np.float32)
 
 
-def test_the_whole_range_is_within_half_a_step() -> None:
-    rounded = round_by_group(WEIGHT, 32, shrink=[1.0])
-    step = np.repeat(rounded.scale.astype(np.float32), 32, axis=1)[:, :100]
-    assert np.all(np.abs(dequantize(rounded, 32) - WEIGHT) <= 1.01 * step)  # half for the level, half for the zero
+def steps_of(rounded: Weight4) -> np.ndarray:
+    """The real step of each input, [N, K]."""
+    return np.repeat(rounded.scale[:, None] * rounded.step, 32, axis=1)[:, : rounded.levels.shape[1]]
+
+
+def test_what_is_not_clipped_is_within_a_step() -> None:
+    rounded = round_by_group(WEIGHT, 32)
+    inside = (rounded.levels > 0) & (rounded.levels < 15)
+    assert inside.mean() > 0.8
+    error = np.abs(dequantize(rounded, 32) - WEIGHT)
+    assert np.all(error[inside] <= 0.501 * steps_of(rounded)[inside])
     assert (rounded.levels.max(), rounded.zero.max()) <= (15, 15)
 
 
-def test_clipping_is_nearer() -> None:
-    whole, clipped = (dequantize(round_by_group(WEIGHT, 32, shrink=s), 32) for s in ([1.0], [1.0, 0.9, 0.8]))
-    assert np.square(clipped - WEIGHT).sum() < 0.98 * np.square(whole - WEIGHT).sum()
-
-
-def test_important_inputs_decide_what_is_clipped() -> None:
+def test_steps_are_half_a_byte_and_the_largest_spans_the_widest_group() -> None:
     weight = WEIGHT.copy()
-    weight[:, 7] *= 4
-    importance = np.ones(100, np.float32)
-    importance[7] = 1000
-    plain, weighted = (dequantize(round_by_group(weight, 32, i), 32) for i in (None, importance))
-    assert np.square(weighted - weight)[:, 7].sum() < 0.5 * np.square(plain - weight)[:, 7].sum()
+    weight[:, 40] = 100  # widens the second group: the others then have the least step
+    rounded = round_by_group(weight, 32)
+    assert (rounded.step.min(), rounded.step.max()) >= (16, 16)
+    assert rounded.step.max() <= 31
+    assert (rounded.step[:, [0, 2]] == 16).all()
+    np.testing.assert_allclose(dequantize(rounded, 32)[:, 40], 100, rtol=0.04)
+
+
+def test_the_step_is_the_one_of_least_error() -> None:
+    rounded = round_by_group(WEIGHT, 32)
+    chosen = np.square(dequantize(rounded, 32) - WEIGHT).sum()
+    widest = np.full_like(rounded.step, 31)
+    step = np.repeat(rounded.scale[:, None] * widest, 32, axis=1)[:, :100]
+    nearest = np.square(np.rint(WEIGHT / step) * step - WEIGHT).sum()
+    assert chosen < 0.8 * nearest
+    assert len(np.unique(rounded.step)) > 5
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -29,7 +29,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         window=64,
         calibration_windows=4,
         held_out_windows=2,
-        calibration_rows=64,
         force=True,
     )
     quantize(root / "checkpoint", root / "tiny", options, command="made <by> hand", threads=1)

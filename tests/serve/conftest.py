@@ -27,9 +27,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifact")
     make_checkpoint(root / "checkpoint")
     (root / "text.txt").write_text(TEXT * 4)
-    options = Options(
-        text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, calibration_rows=64, force=True
-    )
+    options = Options(text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, force=True)
     quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
     return root / "tiny"
 

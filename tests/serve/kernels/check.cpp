@@ -61,17 +61,10 @@ static bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 // ---- products
 
-static uint16_t half_of(float x) {  // x is a power of two
-  int exponent;
-  frexp(x, &exponent);
-  return (uint16_t)((exponent - 1 + 15) << 10);
-}
-
 struct Weights {  // packed, and as real numbers
-  std::vector<uint8_t> packed, zero;
+  std::vector<uint8_t> packed, grid;
   std::vector<float> scale, real;
   std::vector<int32_t> sums;
-  std::vector<uint16_t> half;
 };
 
 // `parts` of `outputs` rows each, every part padded to whole blocks.
@@ -81,11 +74,11 @@ static Weights make_weights(Linear& l, int parts) {
   w.real.resize((size_t)parts * l.outputs * K);
   w.scale.assign(blocks * kBlock, 1), w.sums.assign(blocks * kBlock, 0);
   w.packed.assign((size_t)blocks * kBlock * depth / (l.bits == 8 ? 1 : 2), 0);
-  w.half.assign((size_t)blocks * kBlock * groups, 0), w.zero.assign(w.half.size(), 0);
+  w.grid.assign((size_t)blocks * kBlock * groups, 0);
   for (int part = 0; part < parts; part++)
     for (int n = 0; n < l.outputs; n++) {
       int row = part * l.blocks() * kBlock + n, b = row / kBlock, lane = row % kBlock;
-      float scale = ldexp(1, -pick(6, 8));
+      float scale = ldexp(1, -pick(6, 8) - (l.bits == 4 ? 4 : 0));
       w.scale[row] = scale;
       for (int k = 0; k < (l.bits == 8 ? K : depth); k++) {
         float ignored, &real = k < K ? w.real[((size_t)part * l.outputs + n) * K + k] : ignored;
@@ -96,17 +89,16 @@ static Weights make_weights(Linear& l, int parts) {
           real = level * scale;
         } else {
           size_t at = ((size_t)b * groups + k / l.group) * kBlock + lane;
-          if (k % l.group == 0) w.half[at] = half_of(scale), w.zero[at] = pick(0, 15);
-          int level = k < K ? pick(0, 15) : w.zero[at];
+          if (k % l.group == 0) w.grid[at] = pick(0, 255);
+          int zero = w.grid[at] & 15, level = k < K ? pick(0, 15) : zero;
           uint8_t& byte = w.packed[((size_t)b * depth / 8 + k / 8) * kBlock * 4 + lane * 4 + k % 8 / 2];
           byte |= level << (k % 2 * 4);
-          real = (level - w.zero[at]) * scale;
+          real = (level - zero) * (16 + (w.grid[at] >> 4)) * scale;
         }
       }
     }
   l.weight = w.packed.data();
-  l.scale = l.bits == 8 ? (const void*)w.scale.data() : w.half.data();
-  l.sums = w.sums.data(), l.zero = w.zero.data();
+  l.scale = w.scale.data(), l.sums = w.sums.data(), l.grid = w.grid.data();
   return w;
 }
 
