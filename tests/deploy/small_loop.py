@@ -48,7 +48,6 @@ text = "{text}"
 window = 64
 calibration_windows = 2
 held_out_windows = 2
-calibration_rows = 32
 force = true
 measure = false
 

@@ -36,9 +36,8 @@ def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("second")
     (root / "text.txt").write_text(TEXT * 4)
     options = Options(
-        recipe="w4a8", text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=2,
-        calibration_rows=64, force=True,
-    )  # fmt: skip
+        recipe="w4a8", text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=2, force=True
+    )
     quantize(artifact.parent / "checkpoint", root / "tiny", options, command="test", threads=2)
     return root / "tiny"
 
