@@ -13,6 +13,7 @@ from compress.budget import STRICT
 from compress.checkpoint import CheckpointError
 from compress.compare import CompareOptions, compare
 from compress.compare_page import to_page, to_text
+from compress.gate import EXIT_GATE
 from compress.quantize import GateFailed, Options, quantize
 from compress.recipes import RECIPES
 from compress.summary import limited_figures, summarize
@@ -22,7 +23,6 @@ from train.errors import TrainError
 from train.flags import add_flags, from_flags
 
 EXIT_USAGE = 2
-EXIT_GATE = 3
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ from compress.runners import Streams
 from compress.scores import FIGURES, REFERENCE_FIGURES, Measured, Table, measure
 from proto.manifest import Form, GateReport
 
+EXIT_GATE = 3  # status of a command whose gate refuses
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence(Generic[Name]):

@@ -19,12 +19,13 @@ from typing import Any
 import msgspec
 
 from compress.checkpoint import Checkpoint
+from compress.gate import EXIT_GATE
 from deploy.artifact_target import ArtifactTarget
 from deploy.comparison import Verdict, compare, read_safety
 from deploy.dataset import make_dataset
 from deploy.examples import FRESH, JUDGE, LEARN, TESTED, Counts, mix, read_examples, read_lines
 from deploy.policy import Policy, command_line, read_policy
-from deploy.process import run
+from deploy.process import CommandFailed, run
 from deploy.registry import Registry
 from deploy.snapshot import Snapshot, snapshot
 from deploy.stages import Digests, Done, Stages, write
@@ -67,9 +68,9 @@ class Few:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """`version` is on trial, or None if the gate refused it."""
+    """`version` is on trial, or None if a gate refused it."""
 
-    verdict: Verdict
+    why: str
     version: str | None
 
 
@@ -129,12 +130,17 @@ class Cycle:
             lambda folder: {"checkpoint": Checkpoint(folder / MODEL).digest},
             resumes=True,
         )
-        quantized = self._stages.run(
-            "quantize",
-            {**finetuned.outputs, POLICY: begun.outputs[POLICY]},
-            lambda folder: self._quantize(finetuned.folder / MODEL, policy, began, examples.outputs, folder),
-            lambda folder: {"version": load(folder / ARTIFACT).digest},
-        )
+        try:
+            quantized = self._stages.run(
+                "quantize",
+                {**finetuned.outputs, POLICY: begun.outputs[POLICY]},
+                lambda folder: self._quantize(finetuned.folder / MODEL, policy, began, examples.outputs, folder),
+                lambda folder: {"version": load(folder / ARTIFACT).digest},
+            )
+        except CommandFailed as error:
+            if error.status != EXIT_GATE:
+                raise
+            return Ended("it lost too much when it was quantized; see what `compress quantize` said", None)
         gate = self._stages.run(
             "gate",
             {
@@ -148,7 +154,7 @@ class Cycle:
         )
         verdict = msgspec.json.decode((gate.folder / VERDICT).read_bytes(), type=Verdict)
         if not verdict.passed:
-            return Ended(verdict, None)
+            return Ended(verdict.explain(), None)
         self._stages.run(
             "publish",
             gate.outputs | quantized.outputs,
@@ -161,7 +167,7 @@ class Cycle:
             ),
             lambda folder: {},
         )
-        return Ended(verdict, quantized.outputs["version"])
+        return Ended(verdict.explain(), quantized.outputs["version"])
 
     def _finetune(self, checkpoint: Path, examples: Path, policy: Policy, folder: Path) -> dict[str, Any]:
         work = folder / "run"

@@ -15,10 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
+class CommandFailed(DeployError):
+    """A command ended with `status`, which is not 0."""
+
+    def __init__(self, command: str, status: int) -> None:
+        super().__init__(f"`{command}` failed with status {status}; see what it said")
+        self.status = status
+
+
 def run(words: list[str], *, lock: int) -> None:
     """`python -m WORDS`, from the root. `lock` is a file descriptor that the process inherits.
 
-    Raises DeployError with the exit status if it is not 0. What it says goes where ours goes.
+    Raises CommandFailed. What it says goes where ours goes.
     """
     libc = ctypes.CDLL(None, use_errno=True)  # before the fork: nothing may be loaded after it
 
@@ -34,4 +42,4 @@ def run(words: list[str], *, lock: int) -> None:
         check=False,
     )
     if done.returncode:
-        raise DeployError(f"`python -m {words[0]} {words[1]}` failed with status {done.returncode}; see what it said")
+        raise CommandFailed(f"python -m {words[0]} {words[1]}", done.returncode)

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.corpus import default_texts
+from compress.gate import EXIT_GATE
 from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, Start
 from deploy.errors import DeployError
 from deploy.examples import FRESH, JUDGE
@@ -31,7 +32,6 @@ from serve.machine import cpu_quota
 from train.flags import option
 
 OUTCOME = "outcome.json"
-EXIT_GATE = 3
 HELD_OUT_TEXTS = 48  # of the texts that every interpreter carries, where no files are given
 HELD_OUT_CHARACTERS = 2000  # of each
 
@@ -134,7 +134,7 @@ def conclude(turn: Turn, result: Any, registry: Registry) -> int:
         return 0
     taken = turn.marker("snapshot")
     until = taken.facts["until"] if taken else 0
-    told = result.verdict.explain()
+    told = result.why
     if result.version is None:
         turn.end("rejected", told, until=until)
         print(f"cycle {turn.number}: the gate refused the candidate and nothing was published: {told}")

@@ -137,6 +137,17 @@ def test_the_next_cycle_goes_on_from_the_last(undisturbed: Path, make_root: Call
     assert json.loads((root / "cycles/0002/outcome.json").read_text())["verdict"] == "rejected"
 
 
+def test_what_quantizing_harms_is_rejected(make_root: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_root("root")
+    policy = root / "policy.toml"
+    policy.write_text(policy.read_text().replace("force = true", 'gate = "kl<=0.0000001"'))
+    assert run_cycle(root) == EXIT_GATE
+    assert "it lost too much when it was quantized" in capsys.readouterr().out
+    outcome = json.loads((root / "cycles/0001/outcome.json").read_text())
+    assert (outcome["verdict"], outcome["until"]) == ("rejected", 30)
+    assert Registry(str(root / "registry")).state().candidate is None
+
+
 def test_too_little_feedback_starts_nothing(make_root: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     root = make_root("root")
     (root / "records.sqlite").unlink()
