@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from proto.manifest import ManifestError
 from proto.registry import RegistryError
+from serve.logs import start_log
 from serve.registry import load_first
 from serve.settings import parse_settings
 
@@ -20,7 +20,7 @@ def main() -> int:
         return records(sys.argv[2:])
     began = time.monotonic()
     settings = parse_settings()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_log(settings.log_format)
     with ThreadPoolExecutor(1) as pool:
         # Checking the digests and importing the rest take half a second each; hashing needs no interpreter lock.
         verified = pool.submit(load_first, settings)

@@ -155,7 +155,7 @@ class Engine:
                 )
                 self.scheduler.waiting.append(request)
             except Exception as error:
-                log.exception("could not prepare request %s", request.id)
+                log.exception("could not prepare a request", extra={"request_id": request.id})
                 self._emit(request, Chunk(finish_reason="error", error=_failed(error), usage=request.usage))
 
     def _sweep(self, now: float) -> None:
@@ -192,7 +192,7 @@ class Engine:
                     at += num_drafts + 1
                     self._extend(request, output, rows, tokens[end - num_drafts : end], now, gaps)
             except Exception as error:
-                log.exception("request %s failed", request.id)
+                log.exception("a request failed", extra={"request_id": request.id})
                 self._finish(request, "error", Chunk(error=_failed(error)))
         self.metrics.step_tokens(gaps)
 

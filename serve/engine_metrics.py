@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from serve.histogram import Histogram, Series
 from serve.request import Request
+from serve.slo import SLOS, Objectives, Slo
 
 if TYPE_CHECKING:
     from serve.choices import Choices
@@ -40,9 +41,10 @@ REJECTION_REASONS = ("queue_full", "draining")
 class Families:
     """The families of all versions' counters and histograms, each made when its first series is."""
 
-    def __init__(self, labels: dict[str, str], registry: CollectorRegistry) -> None:
+    def __init__(self, labels: dict[str, str], objectives: Objectives, registry: CollectorRegistry) -> None:
         """`labels` are those that every series has, before `version`."""
         self.labels = labels
+        self.objectives = objectives
         self.registry = registry
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
@@ -119,6 +121,8 @@ class EngineMetrics:
     def request_finished(self, request: Request, now: float) -> None:
         """A request left the engine, in whatever state; `now` is monotonic."""
         self._finished[request.finish_reason or "error"].inc()
+        for slo, good in self.families.objectives.judge(request, now):
+            self._judged(slo, good)
         self._e2e.observe(now - request.arrival)
         self._request_prompt_tokens.observe(len(request.prompt))
         # Whoever has answered had its prompt computed, even if it lost that when it was put back into the queue.
@@ -133,6 +137,7 @@ class EngineMetrics:
         num_tokens = len(request.output)
         self._generation_tokens.inc(min(num_tokens, 1))  # the first; `step_tokens` counts the others
         self._request_generation_tokens.observe(num_tokens)
+        self._request_max_generation_tokens.observe(num_tokens)
         self._ttft.observe(request.first_token - request.arrival)
         self._prefill_time.observe(request.first_token - request.first_scheduled)
         self._decode_time.observe(request.last_token - request.first_token)
@@ -145,6 +150,12 @@ class EngineMetrics:
     def admission_rejected(self, reason: str) -> None:
         """A request was refused at the door."""
         self._rejections[reason].inc()
+        if reason == "queue_full":
+            self._judged("availability", False)
+
+    def _judged(self, slo: Slo, good: bool) -> None:
+        self._slo_requests[slo].inc()
+        self._slo_good[slo].inc(good)
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -171,6 +182,9 @@ class EngineMetrics:
             reason: self._counter("vllm:admission_rejections_total", "Requests refused at the door.", reason=reason)
             for reason in REJECTION_REASONS
         }
+        text = "Requests that count for a service level objective."
+        self._slo_requests = {slo: self._counter("pawl_slo_requests_total", text, slo=slo) for slo in SLOS}
+        self._slo_good = {slo: self._counter("pawl_slo_good_total", "Those that were good.", slo=slo) for slo in SLOS}
 
     def _define_request_metrics(self, max_context: int) -> None:
         self._finished = {
@@ -185,6 +199,9 @@ class EngineMetrics:
         )
         self._request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated for a request.", bounds
+        )
+        self._request_max_generation_tokens = self._histogram(
+            "vllm:request_max_num_generation_tokens", "The same; each answer is a request of its own.", bounds
         )
         self._ttft = self._histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token, queue included.", TTFT_SECONDS

@@ -45,6 +45,7 @@ from serve.errors import (
     Unavailable,
 )
 from serve.grpc_messages import chunk_message, decode, fields_of, join_inputs, usage_message
+from serve.logs import REQUEST_ID
 from serve.service import Service
 from serve.settings import Settings
 
@@ -115,6 +116,7 @@ class GrpcApi:
             try:
                 try:
                     request_id = check_request_id(_metadata(context.invocation_metadata(), "x-request-id"))
+                    REQUEST_ID.set(request_id)
                     if request_id:
                         await context.send_initial_metadata((("x-request-id", request_id),))
                     response = await method(data, context, request_id)

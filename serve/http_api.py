@@ -28,6 +28,7 @@ from serve.api import (
 from serve.auth import Keys, Scope, check_request_id
 from serve.errors import Draining, InternalError, NotFound, PawlError
 from serve.http_limits import SERVER, GuardedServer, MethodNotAllowed, read_json, refuse
+from serve.logs import REQUEST_ID
 from serve.metrics import version_name
 from serve.openai_json import Events, usage_json, whole_json
 from serve.parsing import show
@@ -84,7 +85,9 @@ class HttpApi:
         response: web.StreamResponse
         try:
             try:
+                REQUEST_ID.set("")  # the task answers one request of a connection after another
                 request_id = check_request_id(request.headers.get("X-Request-Id", ""))
+                REQUEST_ID.set(request_id)
                 response = await self._resolve(request, name)(request, request_id)
             except PawlError as error:
                 response = refuse(error)

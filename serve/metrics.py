@@ -6,6 +6,7 @@ of a version vanish when it leaves the memory.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, get_args
 
 import prometheus_client
@@ -16,6 +17,7 @@ from proto.manifest import Manifest
 from proto.records import COMMENT, DEMONSTRATION
 from proto.registry import ROLES, Action, Movement
 from serve.engine_metrics import EngineGauges, EngineMetrics, Families
+from serve.slo import SLOS, Objectives
 
 if TYPE_CHECKING:
     from serve.choices import Choices
@@ -33,14 +35,15 @@ def version_name(digest: str) -> str:
 class Metrics:
     """One server's metrics, on a registry of their own. Everything here but `interactions_lost` is the loop's."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, objectives: Objectives | None = None) -> None:
+        objectives = objectives or Objectives()
         # They double the number of series and nobody reads them.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self.model_name = model_name
         self._engines: dict[str, EngineMetrics] = {}
         labels = {"model_name": model_name, "engine": "0"}
-        self._families = Families(labels, registry)
+        self._families = Families(labels, objectives, registry)
         EngineGauges(labels, self._engines, registry)
         ProcessCollector(registry=registry)
         self._http = Counter(
@@ -63,9 +66,18 @@ class Metrics:
         self._decisions = Counter(
             "pawl_decisions_total", "Movements in the registry's history.", ["action"], registry=registry
         )
+        self._last_decisions = Gauge(
+            "pawl_last_decision_seconds", "When the last of them was made, in Unix time.", ["action"], registry=registry
+        )
         for action in get_args(Action):
             self._decisions.labels(action)
+            self._last_decisions.labels(action)
         self._in_step.set(1)
+        target = Gauge(
+            "pawl_slo_target", "Share of the requests that are to be good.", ["model_name", "slo"], registry=registry
+        )
+        for slo in SLOS:
+            target.labels(model_name, slo).set(objectives.target)
 
     # -- versions -----------------------------------------------------------------------------------------------
 
@@ -75,6 +87,8 @@ class Metrics:
         made = self._engines.setdefault(version, EngineMetrics(self._families, version))
         made.begin(choices)
         self._info.labels(self.model_name, version, manifest.digest, manifest.recipe.name, manifest.kv_cache).set(1)
+        for value in ("true", "false"):
+            self._feedback.labels("thumbs", value, version)  # from 0, so that the first one is a rise
         return made
 
     def engine_ended(self, digest: str) -> None:
@@ -106,6 +120,7 @@ class Metrics:
     def moved(self, movement: Movement) -> None:
         """A line of the registry's history."""
         self._decisions.labels(movement.action).inc()
+        self._last_decisions.labels(movement.action).set(datetime.fromisoformat(movement.time).timestamp())
 
     # -- any thread ---------------------------------------------------------------------------------------------
 

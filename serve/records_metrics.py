@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -36,5 +37,11 @@ class RecordsCollector(Collector):
             ("pawl_records_last_write_seconds", "When records were last written, in Unix time.", counts.last_write),
             ("pawl_records_failing", "1 if the last batch could not be written, else 0.", counts.failing),
         )
-        for name, help, level in gauges:
+        for name, help, level in (*gauges, *self._disk()):
             yield GaugeMetricFamily(name, help, value=level)
+
+    def _disk(self) -> Iterator[tuple[str, str, float]]:
+        with suppress(OSError):
+            if (found := self._records.store.disk()) is not None:
+                yield "pawl_records_disk_free_bytes", "Free space of the disk that the records are on.", found[0]
+                yield "pawl_records_disk_bytes", "The size of that disk.", found[1]

@@ -28,6 +28,7 @@ from serve.redactor import Redactor
 from serve.retention import Retention
 from serve.service import Service
 from serve.settings import Settings
+from serve.slo import Objectives
 from serve.store import open_store
 from serve.versions import Versions
 
@@ -48,7 +49,8 @@ async def run(settings: Settings, directory: Path, manifest: Manifest, began: fl
         loop.add_signal_handler(number, stop.set)
     settings = replace(settings, api_key=settings.api_key or os.environ.get("PAWL_API_KEY", ""))
 
-    metrics = Metrics(settings.model_name or manifest.name)
+    objectives = Objectives(settings.slo_target, settings.slo_ttft_seconds, settings.slo_tpot_seconds)
+    metrics = Metrics(settings.model_name or manifest.name, objectives)
     records = Records(
         open_store(settings.records),
         Redactor(settings.redact),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from proto.redaction import KINDS
+from serve.slo import Objectives
 
 PRESIDIO = "presidio"
 NONE = "none"
@@ -72,6 +73,15 @@ class Settings:
     max_queue: int = setting(64, "requests that may wait; more are refused with 503")
     request_timeout_seconds: float = setting(600.0, "a request older than this is ended", least=0.001)
     drain_seconds: float = setting(30.0, "on SIGTERM, how long in-flight requests may still run")
+    slo_target: float = setting(
+        Objectives.target, "share of the requests that are to be good, for each objective", least=0.5, most=0.99999
+    )
+    slo_ttft_seconds: float = setting(
+        Objectives.ttft_seconds, "a request is good if its first token comes within this", least=0.001
+    )
+    slo_tpot_seconds: float = setting(
+        Objectives.tpot_seconds, "a request is good if each further token takes this at most, on average", least=0.0001
+    )
     body_limit_bytes: int = setting(4 << 20, "largest HTTP body or gRPC message", least=1)
     header_seconds: float = setting(10.0, "how long a client may take to send a request's headers", least=0.001)
     body_seconds: float = setting(60.0, "how long a client may take to send a request's body", least=0.001)
@@ -81,6 +91,7 @@ class Settings:
         default=None,
         metadata={"help": "TOML file of API keys, each with a name, the key's SHA-256 and its scopes", "parse": Path},
     )
+    log_format: str = setting("text", "lines for people, or one JSON object a line", choices=("text", "json"))
     records: str = setting("data/records.sqlite", "SQLite file or postgresql:// URL of interactions and feedback")
     log_content: bool = setting(True, "keep prompts and completions in the records", parse=bool)
     redact: str = setting(

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,10 @@ class SqliteStore(Store):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self.path = path
+
+    def disk(self) -> tuple[int, int] | None:
+        usage = shutil.disk_usage(self.path.parent)
+        return usage.free, usage.total
 
     def size(self) -> int:
         files = [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]

@@ -198,6 +198,10 @@ class Store(ABC):
     def size(self) -> int:
         """Bytes that the records take, log included."""
 
+    def disk(self) -> tuple[int, int] | None:
+        """Bytes free and in all of the disk they are on, or None if that is not this machine's. Raises OSError."""
+        return None
+
     @abstractmethod
     def is_full(self, error: Exception) -> bool:
         """True if an error of `append` means that there is no space left."""

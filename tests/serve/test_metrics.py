@@ -21,6 +21,7 @@ from serve.metrics import Metrics
 from serve.records import Records
 from serve.records_metrics import RecordsCollector
 from serve.request import FinishReason, Request, SamplingParams
+from serve.slo import SLOS, Objectives
 from serve.store import open_store
 from tests.serve.fakes import choices
 from tests.serve.stores import during, feedback, interaction
@@ -58,6 +59,7 @@ VLLM = {
         "vllm:request_inference_time_seconds",
         "vllm:request_prompt_tokens",
         "vllm:request_generation_tokens",
+        "vllm:request_max_num_generation_tokens",
         "vllm:iteration_tokens_total",
     },
 }
@@ -177,6 +179,7 @@ def test_a_finished_request_is_observed_once_with_its_times(metrics: Metrics, en
         "vllm:request_time_per_output_token_seconds": 0.5,
         "vllm:request_prompt_tokens": 3,
         "vllm:request_generation_tokens": 5,
+        "vllm:request_max_num_generation_tokens": 5,
     }
     for name, expected in sums.items():
         assert value(metrics, f"{name}_sum") == expected, name
@@ -271,8 +274,24 @@ def test_labels_stay_bounded(metrics: Metrics) -> None:
 
 def test_rejections(metrics: Metrics, engine: EngineMetrics) -> None:
     engine.admission_rejected("queue_full")
-    assert value(metrics, "vllm:admission_rejections_total", reason="queue_full") == 1
-    assert value(metrics, "vllm:admission_rejections_total", reason="draining") == 0
+    engine.admission_rejected("draining")
+    for reason in ("queue_full", "draining"):
+        assert value(metrics, "vllm:admission_rejections_total", reason=reason) == 1
+    assert value(metrics, "pawl_slo_requests_total", slo="availability") == 1, "draining is planned"
+    assert value(metrics, "pawl_slo_good_total") == 0
+
+
+def test_objectives_are_counted_exactly() -> None:
+    metrics = Metrics("tiny", Objectives(target=0.95, ttft_seconds=3.0, tpot_seconds=0.4))
+    engine = metrics.engine(manifest(), choices())
+    engine.request_finished(request(), now=106.0)
+    engine.request_finished(request("error", tokens=0), now=106.0)
+    counted = {
+        slo: (value(metrics, "pawl_slo_good_total", slo=slo), value(metrics, "pawl_slo_requests_total", slo=slo))
+        for slo in SLOS
+    }
+    assert counted == {"availability": (1, 2), "ttft": (1, 2), "tpot": (0, 1)}
+    assert value(metrics, "pawl_slo_target", slo="tpot") == 0.95
 
 
 def test_the_records_are_counted(metrics: Metrics, records: Records) -> None:
@@ -294,6 +313,7 @@ def test_the_records_are_counted(metrics: Metrics, records: Records) -> None:
     assert value(metrics, "pawl_records_written_total", kind="feedback") == 1
     assert value(metrics, "pawl_records_queue") == 0
     assert value(metrics, "pawl_records_bytes") > 4096
+    assert 0 < value(metrics, "pawl_records_disk_free_bytes") < value(metrics, "pawl_records_disk_bytes")
     assert before <= value(metrics, "pawl_records_last_write_seconds") <= time.time()
     assert value(metrics, "pawl_records_failing") == value(metrics, "pawl_records_failures_total") == 0
 
@@ -356,6 +376,8 @@ def test_roles_and_decisions(metrics: Metrics) -> None:
     metrics.moved(movement)
     assert value(metrics, "pawl_decisions_total", action="rollback") == 1
     assert value(metrics, "pawl_decisions_total", action="promote") == 0
+    assert 0 <= time.time() - value(metrics, "pawl_last_decision_seconds", action="rollback") < 60
+    assert value(metrics, "pawl_last_decision_seconds", action="promote") == 0
 
 
 @pytest.mark.system
