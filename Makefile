@@ -8,7 +8,7 @@ PEERS ?= llama_cpp
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus strace
+SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus prometheus-alertmanager prometheus-node-exporter strace
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-system pretrain-demo loop bench lint proto clean

@@ -19,7 +19,8 @@ from msgspec import Struct
 from compress.checkpoint import Checkpoint, CheckpointError
 from compress.corpus import default_texts
 from compress.gate import EXIT_GATE
-from deploy.cycle import HELD_OUT, POLICY, SAFETY, Cycle, Few, Start
+from deploy.cycle import HELD_OUT, POLICY, SAFETY, VERDICT, Cycle, Few, Start
+from deploy.cycle_metrics import as_metrics
 from deploy.errors import DeployError
 from deploy.examples import FRESH, JUDGE
 from deploy.lock import exclusive
@@ -27,6 +28,7 @@ from deploy.policy import DEFAULT, read_policy
 from deploy.registry import Registry
 from deploy.snapshot import RECORDS
 from deploy.stages import Marker, write
+from monitoring import textfile
 from proto.records import utc_now
 from serve.machine import cpu_quota
 from train.flags import option
@@ -49,6 +51,7 @@ class Options:
     policy: Path = option(DEFAULT, "what a cycle may do, and what its candidate must show")
     safety: Path = option(DEFAULT.with_name(SAFETY), "canned prompts, and what an answer must and must not hold")
     threads: int = option(0, "compute threads; 0: the CPU quota", least=0)
+    textfile: Path | None = option(None, "gauges to write, for node_exporter's textfile collector", parse=Path)
     abandon: bool = option(False, "give up the cycle that was begun; what was said goes into the next")
 
 
@@ -81,6 +84,12 @@ class Turn:
         found = list((self.folder / "stages").glob(f"*-{stage}.json"))
         return msgspec.json.decode(found[0].read_bytes(), type=Marker) if found else None
 
+    @property
+    def markers(self) -> list[Marker]:
+        """Of the stages that were made, in their order."""
+        found = sorted((self.folder / "stages").glob("[0-9][0-9]-*.json"))
+        return [msgspec.json.decode(path.read_bytes(), type=Marker) for path in found]
+
     def stage(self, stage: str) -> Path | None:
         return next(iter(self.folder.glob(f"[0-9][0-9]-{stage}")), None)
 
@@ -96,7 +105,7 @@ def retrain(options: Options) -> int:
         if state.current is None:
             raise DeployError(f"{options.registry} serves nothing yet; publish and promote a first version")
         frozen = read_frozen(options)
-        turns = [Turn(folder) for folder in sorted(options.work.glob("[0-9][0-9][0-9][0-9]"))]
+        turns = find_turns(options.work)
         last = turns[-1] if turns and turns[-1].outcome is None else None
         if last is not None and (why := outdated(last, state.current, options.abandon)):
             say(f"cycle {last.number} is abandoned: {why}")
@@ -123,7 +132,15 @@ def retrain(options: Options) -> int:
             lock=lock,
             say=say,
         )
-        return conclude(last, cycle.run(start, frozen), registry)
+        status = conclude(last, cycle.run(start, frozen), registry)
+        if options.textfile is not None:
+            textfile.write(options.textfile, as_metrics(find_turns(options.work), VERDICT))
+        return status
+
+
+def find_turns(work: Path) -> list[Turn]:
+    """All that were begun, in their order."""
+    return [Turn(folder) for folder in sorted(work.glob("[0-9][0-9][0-9][0-9]"))]
 
 
 def conclude(turn: Turn, result: Any, registry: Registry) -> int:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client.exposition import generate_latest
-
 from monitoring.drift import PSI_LIMIT, RATE_LIMIT, Bar, Drift
+from monitoring.textfile import Textfile
 from monitoring.window import Window
 
 STYLE = """
@@ -76,11 +74,8 @@ def chart(bars: Sequence[Bar]) -> str:
 
 def as_metrics(drifts: Sequence[Drift], current: Window) -> bytes:
     """In Prometheus' text format, for node_exporter's textfile collector."""
-    registry = CollectorRegistry()
-
-    def gauge(name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, registry=registry)
-
+    file = Textfile()
+    gauge = file.gauge
     gauge("pawl_drift_interactions", "Answers in the window that was compared.").set(len(current))
     distance = gauge("pawl_drift_distance", "PSI, or change of a rate, against the reference window.", "figure", "kind")
     value = gauge("pawl_drift_value", "Mean or rate in a window.", "figure", "window")
@@ -90,4 +85,4 @@ def as_metrics(drifts: Sequence[Drift], current: Window) -> bytes:
         value.labels(drift.figure, "reference").set(drift.reference)
         value.labels(drift.figure, "current").set(drift.current)
         drifted.labels(drift.figure).set(drift.drifted)
-    return generate_latest(registry)
+    return file.encode()

@@ -59,6 +59,7 @@ PAGES = {
     "docs/deploy.md": DEPLOY,
     "docs/monitoring.md": MONITORING,
     "docs/records.md": RECORDS,
+    "docs/runbook.md": (ROOT / "docs/runbook.md").read_text(),
 }
 CALLS = {
     "Generation": (api.Generate, api.Generate),
@@ -269,7 +270,7 @@ def test_every_target_is_in_the_readme() -> None:
 def test_every_flag_path_and_target_that_a_page_names_exists(page: str) -> None:
     text = PAGES[page]
     code = "\n".join([*quoted(text), *fences("sh")])
-    known = serve_flags() | {"--no-deps", "--nproc-per-node"}  # pip's and torchrun's
+    known = serve_flags() | {"--no-deps", "--nproc-per-node", "--collector"}  # pip's, torchrun's and node_exporter's
     known |= {name for _, found in COMMANDS.values() for command in found.values() for name in flags_of(command)}
     assert set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)) <= known
     routes = HttpApi(None, Settings(model=Path("x"))).routes  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def test_every_code_folder_is_a_package() -> None:
 def test_requirements_are_pinned(name: str) -> None:
     lines = list(pins(name))
     assert lines
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.]+", line)] == []
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.!]+", line)] == []
 
 
 def test_the_requirements_are_what_is_installed() -> None:

@@ -79,6 +79,7 @@ def options(root: Path) -> Options:
         policy=root / "policy.toml",
         safety=root / "safety.jsonl",
         threads=1,
+        textfile=root / "retrain.prom",
     )
 
 

@@ -108,6 +108,9 @@ def test_feedback_becomes_a_candidate_on_trial(undisturbed: Path) -> None:
     assert verdict["figures"]["feedback_gain"]["low"] > 0
     assert verdict["figures"]["held_out_perplexity_ratio"]["high"] < 1.02
     assert not list((undisturbed / "cycles").rglob("*.incomplete"))
+    told = (undisturbed / "retrain.prom").read_text()
+    assert 'pawl_retrain_last_verdict{verdict="published"} 1.0' in told
+    assert all(f'pawl_retrain_stage_seconds{{stage="{stage}"}}' in told for stage in STAGES[1:])
 
 
 def test_a_finished_cycle_is_not_repeated(undisturbed: Path, make_root: Callable[..., Path]) -> None:
