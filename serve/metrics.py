@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from proto.manifest import Manifest
 from proto.records import COMMENT, DEMONSTRATION
@@ -137,4 +138,7 @@ class Metrics:
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body and the content type for a scraper's Accept header: Prometheus' text, or OpenMetrics if asked."""
         encode, content_type = choose_encoder(accept)
+        if "openmetrics" in content_type:
+            # Any other escaping of prometheus_client 0.26 makes `vllm_` of samples' `vllm:`. Our names need none.
+            return openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
         return encode(self.registry), content_type

@@ -322,8 +322,9 @@ def test_openmetrics_when_asked(metrics: Metrics, engine: EngineMetrics) -> None
     engine.request_finished(request(), now=106.0)
     body, content_type = metrics.render("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
-    names = {family.name for family in parse_openmetrics(body.decode())}
-    assert "vllm:time_to_first_token_seconds" in names
+    samples = {sample.name for family in parse_openmetrics(body.decode()) for sample in family.samples}
+    assert samples == {sample.name for family in families(metrics).values() for sample in family.samples}
+    assert "vllm:time_to_first_token_seconds_bucket" in samples
     assert metrics.render()[1].startswith("text/plain; version=0.0.4")
 
 
