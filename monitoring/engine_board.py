@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.panels import BYTES, COUNT, RATE, SECONDS, SHARE, board, heat, lines, number, quantiles, rate
+from monitoring.panels import BYTES, COUNT, RATE, SECONDS, SHARE, Rows, board, heat, lines, number, quantiles, rate
 
 
 def ratio(part: str, whole: str) -> str:
@@ -130,5 +130,5 @@ def engine_board() -> Dashboard:
             width=12,
         ),
     ]
-    rows = {"Now": now, "Batch": batch, "Caches": cache, "A request's life": queue, "Speculation": speculation}
+    rows: Rows = {"Now": now, "Batch": batch, "Caches": cache, "A request's life": queue, "Speculation": speculation}
     return board("Pawl: engine", "pawl-engine", "Batch, slots, KV cache, queue and speculation.", rows)

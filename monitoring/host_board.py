@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.panels import BYTES, COUNT, RATE, SECONDS, SHARE, WINDOW, board, lines, rate
+from monitoring.panels import BYTES, COUNT, RATE, SECONDS, SHARE, WINDOW, Rows, board, lines, rate
 
 DISK = '{fstype!~"tmpfs|ramfs|overlay"}'
 
@@ -107,5 +107,5 @@ def host_board() -> Dashboard:
             width=12,
         ),
     ]
-    rows = {"The process": process, "The records": records, "The machine": machine}
+    rows: Rows = {"The process": process, "The records": records, "The machine": machine}
     return board("Pawl: host", "pawl-host", "Process, records, and the machine where node_exporter runs.", rows)

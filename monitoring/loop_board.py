@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.panels import COUNT, RATE, SECONDS, SERVERS, SHARE, bars, board, lines, number, rate
+from monitoring.panels import COUNT, RATE, SECONDS, SERVERS, SHARE, Rows, bars, board, lines, number, rate
 
 
 def loop_board() -> Dashboard:
@@ -88,5 +88,5 @@ def loop_board() -> Dashboard:
             {"{{instance}}": "pawl_version_load_failures_total{S}"},
         ),
     ]
-    rows = {"Retraining": cycles, "The gate": gate, "Decisions": decisions}
+    rows: Rows = {"Retraining": cycles, "The gate": gate, "Decisions": decisions}
     return board("Pawl: loop", "pawl-loop", "Retraining, the gate and decisions.", rows)

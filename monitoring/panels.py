@@ -6,11 +6,12 @@ averages: `quantiles` writes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from grafana_foundation_sdk.builders import bargauge, common, heatmap, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.common import BigValueColorMode, BigValueGraphMode, StackingMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
@@ -22,7 +23,8 @@ SHARE, SECONDS, BYTES, COUNT, RATE, TIME = "percentunit", "s", "bytes", "short",
 ROW = 24  # columns
 
 Queries: TypeAlias = Mapping[str, str]  # by legend, in which {{label}} stands for a label's value
-Panel: TypeAlias = timeseries.Panel | stat.Panel | heatmap.Panel | bargauge.Panel
+Panel: TypeAlias = Builder[models.Panel]
+Rows: TypeAlias = Mapping[str, Sequence[Panel]]
 P = TypeVar("P", timeseries.Panel, stat.Panel, heatmap.Panel, bargauge.Panel)
 
 
@@ -73,7 +75,7 @@ def rate(metric: str, labels: str = "") -> str:
     return f"rate({metric}{chosen}[{WINDOW}])"
 
 
-def board(title: str, uid: str, text: str, rows: Mapping[str, list[Panel]]) -> builders.Dashboard:
+def board(title: str, uid: str, text: str, rows: Rows) -> builders.Dashboard:
     """A dashboard of these rows."""
     made = (
         builders.Dashboard(title)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.panels import COUNT, RATE, SECONDS, SERVERS, SHARE, bars, board, lines, number, quantiles, rate
+from monitoring.panels import COUNT, RATE, SECONDS, SERVERS, SHARE, Rows, bars, board, lines, number, quantiles, rate
 
 DOWN = f'sum by (version) (increase(pawl_feedback_total{{{SERVERS}, metric_name="thumbs", value="false"}}[$__range]))'
 THUMBS = f'sum by (version) (increase(pawl_feedback_total{{{SERVERS}, metric_name="thumbs"}}[$__range]))'
@@ -125,5 +125,5 @@ def quality_board() -> Dashboard:
             "Values", COUNT, "Means and rates, in the reference and now.", {"{{figure}} {{window}}": "pawl_drift_value"}
         ),
     ]
-    rows = {"Feedback": feedback, "Versions side by side": versions, "Drift": drift}
+    rows: Rows = {"Feedback": feedback, "Versions side by side": versions, "Drift": drift}
     return board("Pawl: quality", "pawl-quality", "Feedback, versions side by side, drift.", rows)

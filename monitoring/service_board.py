@@ -10,6 +10,7 @@ from monitoring.panels import (
     SECONDS,
     SHARE,
     WINDOW,
+    Rows,
     board,
     heat,
     lines,
@@ -133,5 +134,5 @@ def service_board() -> Dashboard:
             width=12,
         ),
     ]
-    rows = {"Objectives": objectives, "Golden signals": signals, "Who answers": answers}
+    rows: Rows = {"Objectives": objectives, "Golden signals": signals, "Who answers": answers}
     return board("Pawl: service", "pawl-service", "Objectives and golden signals.", rows)

@@ -26,12 +26,17 @@ TARGET = {"job", "instance"}  # Prometheus gives them to everything
 WORDS = {"and", "or", "unless", "offset", "bool", "by", "on", "without", "ignoring", "group_left", "group_right", "inf"}
 
 
-def textfiles(work: Path) -> bytes:
-    """What the retrain cycle and the drift report leave for node_exporter."""
+def cycle_gauges(work: Path) -> bytes:
+    """What the retrain command leaves for node_exporter after a cycle."""
     end_cycle(work, 1, passed=True)
+    return cycle_metrics(find_turns(work), VERDICT)
+
+
+def drift_gauges() -> bytes:
+    """What the drift report leaves for it."""
     window = Window([1], [1], [], [], [], [False], [False], [False], [])
     drift = rate_drift("refusals", [True, False], [False, False])
-    return cycle_metrics(find_turns(work), VERDICT) + drift_metrics([drift], window)
+    return drift_metrics([drift], window)
 
 
 def exported(folder: Path) -> dict[str, set[str]]:
@@ -42,7 +47,7 @@ def exported(folder: Path) -> dict[str, set[str]]:
     metrics.http("/v1/models", "GET", 200)
     metrics.roles({manifest().digest: 1.0})
     found: dict[str, set[str]] = {"up": set()}
-    for text in (metrics.render()[0], textfiles(folder / "cycles")):
+    for text in (metrics.render()[0], cycle_gauges(folder / "cycles"), drift_gauges()):
         for family in text_string_to_metric_families(text.decode()):
             for sample in family.samples:
                 found.setdefault(sample.name, set()).update(sample.labels)
