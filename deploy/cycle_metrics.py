@@ -27,7 +27,7 @@ def as_metrics(turns: Sequence[Turn], verdict_file: str) -> bytes:
         time.time()
     )
     ended = [(turn, outcome) for turn in turns if (outcome := turn.outcome) is not None]
-    counts = Counter(outcome.verdict for _, outcome in ended)
+    counts: Counter[str] = Counter(outcome.verdict for _, outcome in ended)
     cycles = file.gauge("pawl_retrain_cycles", "Cycles that ended so.", "verdict")
     last = file.gauge("pawl_retrain_last_verdict", "1 for the verdict of the last cycle, 0 for others.", "verdict")
     for verdict in VERDICTS:

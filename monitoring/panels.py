@@ -49,10 +49,10 @@ def number(
     return _common(panel, title, unit, text, queries, width, height=4)
 
 
-def bars(title: str, unit: str, text: str, queries: Queries, *, width: int = 8) -> bargauge.Panel:
+def bars(title: str, unit: str, text: str, queries: Queries, *, width: int = 8, height: int = 8) -> bargauge.Panel:
     """The last value of each series, side by side."""
     panel = bargauge.Panel().thresholds(_steps(None)).reduce_options(_last())
-    return _common(panel, title, unit, text, queries, width, height=8)
+    return _common(panel, title, unit, text, queries, width, height)
 
 
 def heat(title: str, unit: str, text: str, metric: str, *, width: int = 8) -> heatmap.Panel:

@@ -122,7 +122,11 @@ def quality_board() -> Dashboard:
             {"{{figure}}": "pawl_drift_drifted"},
         ),
         bars(
-            "Values", COUNT, "Means and rates, in the reference and now.", {"{{figure}} {{window}}": "pawl_drift_value"}
+            "Values",
+            COUNT,
+            "Means and rates, in the reference and now.",
+            {"{{figure}} {{window}}": "pawl_drift_value"},
+            height=14,
         ),
     ]
     rows: Rows = {"Feedback": feedback, "Versions side by side": versions, "Drift": drift}

@@ -115,7 +115,7 @@ def service_board() -> Dashboard:
         ),
     ]
     answers = [
-        number("Servers up", COUNT, "Servers that Prometheus reaches.", {"up": "sum(up{S})"}),
+        number("Servers up", COUNT, "Servers that Prometheus reaches.", {"up": "count(pawl_slots{S})"}),
         number(
             "Registry in step",
             COUNT,

@@ -140,5 +140,6 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         if "openmetrics" in content_type:
             # Any other escaping of prometheus_client 0.26 makes `vllm_` of samples' `vllm:`. Our names need none.
-            return openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
+            body: bytes = openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
+            return body, openmetrics.CONTENT_TYPE_LATEST
         return encode(self.registry), content_type

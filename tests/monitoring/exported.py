@@ -34,7 +34,7 @@ def cycle_gauges(work: Path) -> bytes:
 
 def drift_gauges() -> bytes:
     """What the drift report leaves for it."""
-    window = Window([1], [1], [], [], [], [False], [False], [False], [])
+    window = Window([1], [1], [], [], [], [], [False], [False], [False], [])
     drift = rate_drift("refusals", [True, False], [False, False])
     return drift_metrics([drift], window)
 
