@@ -27,6 +27,10 @@ COMMANDS = {
     "retrain": ("deploy.retrain", "from feedback to a candidate on trial: go on with the cycle, or begin one"),
     "lineage": ("deploy.ancestry", "what a version was made from, down to what people said"),
     "verify": ("deploy.commands", "check versions' digests and signatures, and the pointers"),
+    "image build": ("deploy.image", "build an image, and say what is in it"),
+    "image push": ("deploy.image", "push an image, and print its digest"),
+    "image run": ("deploy.image", "run the server's image, hardened"),
+    "image verify": ("deploy.image", "run it, ask it by HTTP and gRPC, and stop it with requests in flight"),
 }
 EXIT_USAGE = 2
 
@@ -34,9 +38,14 @@ EXIT_USAGE = 2
 def parser(*names: str) -> argparse.ArgumentParser:
     """With the flags of the commands `names`; the modules of the others are not imported."""
     top = argparse.ArgumentParser(prog="python -m deploy", description="Versions: kept, tried, served, improved.")
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(required=True)
+    groups: dict[str, Any] = {"": commands}
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = commands.add_parser(group, help=f"{group}s").add_subparsers(required=True)
+        command = groups[group].add_parser(word, help=text, description=text)
+        command.set_defaults(command=name)
         if name in names:
             add_flags(command, find(name)[0])
     return top
@@ -50,7 +59,7 @@ def find(name: str) -> tuple[type, Callable[[Any], int]]:
 
 def main() -> int:
     arguments = sys.argv[1:]
-    args = parser(*arguments[:1]).parse_args()
+    args = parser(*arguments[:1], " ".join(arguments[:2])).parse_args()
     options, run = find(args.command)
     try:
         return run(from_flags(options, args))

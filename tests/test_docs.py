@@ -23,7 +23,6 @@ from compress.__main__ import parser as compress_parser
 from compress.budget import KINDS, STRICT, WIDE, parse
 from compress.corpus import DOCUMENT_CHARACTERS
 from compress.families import FAMILIES
-from compress.quantize import Options, quantize
 from compress.reading import CHUNK
 from compress.recipes import RECIPES
 from compress.scores import FIGURES, REFERENCE_FIGURES
@@ -38,7 +37,7 @@ from serve.http_api import OPEN, HttpApi
 from serve.parsing import UNSUPPORTED
 from serve.records_command import parser as records_parser
 from serve.settings import Settings, flag
-from tests.serve.tiny import TEXT, Server, make_checkpoint, start_server, stop_server
+from tests.serve.tiny import Server, make_artifact, start_server, stop_server
 from train.__main__ import COMMANDS as TRAIN_COMMANDS
 from train.__main__ import parser as train_parser
 
@@ -101,9 +100,14 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 
 
-def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+def subcommands(parser: argparse.ArgumentParser, group: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Name -> parser; those of a group of commands as `GROUP NAME`."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                found |= subcommands(command, f"{group}{name} ") or {group + name: command}
+    return found
 
 
 # Room -> its page, and its commands.
@@ -234,7 +238,7 @@ def test_every_flag_of_a_command_is_documented_with_its_default(room: str, name:
 def test_every_command_recipe_and_family_is_documented() -> None:
     headings = set(re.findall(r"^## ([a-z-]+)$", COMPRESS, re.MULTILINE))
     assert headings == COMMANDS["compress"][1].keys()
-    assert COMMANDS["deploy"][1].keys() <= set(re.findall(r"^## ([a-z-]+)$", DEPLOY, re.MULTILINE))
+    assert COMMANDS["deploy"][1].keys() <= set(re.findall(r"^## ([a-z -]+)$", DEPLOY, re.MULTILINE))
     assert COMMANDS["train"][1].keys() <= set(re.findall(r"^## ([a-z-]+)$", TRAIN, re.MULTILINE))
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Recipes"))] == list(RECIPES)
     assert [quoted(row[0])[0] for row in rows(section(COMPRESS, "Families"))] == list(FAMILIES)
@@ -338,18 +342,7 @@ def test_commands_of_ours_are_understood(number: int) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("docs")
-    make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(
-        text=root / "text.txt",
-        window=64,
-        calibration_windows=4,
-        held_out_windows=2,
-        force=True,
-        measure=False,
-    )
-    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
-    running = start_server(root / "tiny", root / "records.sqlite")
+    running = start_server(make_artifact(root), root / "records.sqlite")
     yield running
     assert stop_server(running) == 0
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from compress.quantize import Options, quantize
 from serve.engine import Engine
 from serve.request import Channel, Chunk, Request, SamplingParams
 
@@ -60,6 +61,17 @@ def make_checkpoint(directory: Path) -> None:
     model.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def make_artifact(root: Path) -> Path:
+    """The checkpoint, quantized; `root` must be there."""
+    make_checkpoint(root / "checkpoint")
+    (root / "text.txt").write_text(TEXT * 4)
+    options = Options(
+        text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, force=True, measure=False
+    )
+    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
+    return root / "tiny"
 
 
 @dataclass
