@@ -1,13 +1,15 @@
-"""The registry's commands: publish, trial, promote, reject, rollback, history, verify."""
+"""The registry's commands: publish, trial, promote, reject, rollback, fetch, history, verify."""
 
 from __future__ import annotations
 
 import getpass
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deploy.registry import Registry
+from proto.manifest import load
 from proto.registry import ROLES, Movement, RegistryError
 from train.flags import option
 
@@ -70,6 +72,15 @@ class Rollback(Move):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verify(Place):
     version: str = version_argument("all", "beginning of a digest, a role, or all that are published")
+    public_key: str = key_option()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch(Place):
+    version: str = version_argument("current", "beginning of a digest, or a role")
+    output: Path = field(
+        default=Path("model"), metadata={"help": "folder to make of it", "parse": Path, "positional": True}
+    )
     public_key: str = key_option()
 
 
@@ -140,7 +151,21 @@ def verify(options: Verify) -> int:
     return 0
 
 
-def verified(options: Trial | Promote) -> tuple[Registry, str]:
+def fetch(options: Fetch) -> int:
+    if options.output.exists():
+        raise RegistryError(f"{options.output} is there already; give another folder, or remove it")
+    registry, version = verified(options)
+    temporary = options.output.with_name(f".{options.output.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process left it
+    with registry.open(version) as folder:
+        shutil.copytree(folder, temporary)
+    load(temporary)
+    temporary.rename(options.output)
+    print(f"{options.output} is version {version}")
+    return 0
+
+
+def verified(options: Trial | Promote | Fetch) -> tuple[Registry, str]:
     """The registry and the version, which is whole and, if asked for, signed."""
     registry = Registry(options.registry)
     version = registry.resolve(options.version)
@@ -168,6 +193,7 @@ COMMANDS = {
     "promote": (Promote, promote),
     "reject": (Reject, reject),
     "rollback": (Rollback, rollback),
+    "fetch": (Fetch, fetch),
     "history": (Place, history),
     "verify": (Verify, verify),
 }

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from deploy import signatures
 from deploy.__main__ import COMMANDS, EXIT_USAGE, main
+from deploy.commands import Fetch, fetch
 from deploy.registry import Registry
-from proto.manifest import WEIGHTS
+from proto.manifest import WEIGHTS, load
 from proto.registry import RegistryError, version_folder
 
 Deploy = Callable[..., tuple[int, str, str]]
@@ -145,3 +146,18 @@ def test_signing_without_the_package_names_the_cure(
 def test_every_command_is_the_modules() -> None:
     modules = {module for module, _ in COMMANDS.values()}
     assert {name for module in modules for name in importlib.import_module(module).COMMANDS} == COMMANDS.keys()
+
+
+def test_fetch_copies_a_version_whole(artifacts: dict[str, Path], url: str, tmp_path: Path) -> None:
+    version, artifact = next(iter(artifacts.items()))
+    registry = Registry(url)
+    registry.publish(artifact, by="ann", why="test")
+    registry.move("promote", version, by="ann", why="test")
+    output = tmp_path / "fetched" / "model"
+    output.parent.mkdir()
+    (output.parent / ".model.new").mkdir()  # what a killed process left
+    assert fetch(Fetch(registry=url, output=output)) == 0
+    assert load(output).digest == version
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+    with pytest.raises(RegistryError, match="is there already"):
+        fetch(Fetch(registry=url, output=output))
