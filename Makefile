@@ -8,7 +8,8 @@ PEERS ?= llama_cpp
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus prometheus-alertmanager prometheus-node-exporter strace
+SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus prometheus-alertmanager prometheus-node-exporter strace \
+	docker.io docker-compose docker-registry mmdebstrap
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-system pretrain-demo loop bench lint proto clean
@@ -23,7 +24,7 @@ run: serve/kernels/build/stamp $(MODEL)/manifest.json ## serve the default model
 test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debian package
 	$(PY) -m pytest -n 2 -m "not system"
 
-test-system: .venv/dev.stamp ## the tests that need Chromium, PostgreSQL, Prometheus or strace, which it installs with apt when missing
+test-system: .venv/dev.stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system
