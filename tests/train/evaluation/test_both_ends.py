@@ -32,7 +32,15 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
     root = tmp_path_factory.mktemp("ends")
     make_checkpoint(root / "checkpoint")
     (root / "text.txt").write_text(TEXT * 4)
-    recipe = Recipe(recipe="fp32", kv="fp32", text=root / "text.txt", window=64, held_out_windows=2, measure=False)
+    recipe = Recipe(
+        recipe="fp32",
+        kv="fp32",
+        text=root / "text.txt",
+        window=64,
+        calibration_windows=4,
+        held_out_windows=2,
+        measure=False,
+    )
     quantize(root / "checkpoint", root / "tiny", recipe, command="test", threads=2)
     server = start_server(root / "tiny", root / "records.sqlite", "--form", "stock")
     yield root / "checkpoint", server.http_url
