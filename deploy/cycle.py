@@ -174,7 +174,7 @@ class Cycle:
         if not (folder / MODEL).exists():
             copy_lineage(examples, work)  # while it is at work it holds the text, in tokens
             words = ["train", "run", str(checkpoint), "--data", str(examples / LEARN), "-o", str(work / "run")]
-            run([*words, *command_line(policy.finetune)], lock=self._lock)
+            run([*words, *command_line(policy.finetune)], lock=self._lock, threads=self._threads)
             shutil.copyfile(work / "run" / "metrics.jsonl", folder / "metrics.jsonl")
             (work / "run" / MODEL).rename(folder / MODEL)
         shutil.rmtree(work, ignore_errors=True)
@@ -186,7 +186,7 @@ class Cycle:
         made = folder / "made"
         name = self._registry.verify(start.version).name  # as clients know it
         words = ["compress", "quantize", str(model), "-o", str(made), "--name", name, "--threads", str(self._threads)]
-        run([*words, *command_line(policy.quantize)], lock=self._lock)
+        run([*words, *command_line(policy.quantize)], lock=self._lock, threads=self._threads)
         manifest = load(made)
         history = Lineage(
             checkpoint=manifest.lineage.checkpoint,

@@ -23,7 +23,7 @@ class CommandFailed(DeployError):
         self.status = status
 
 
-def run(words: list[str], *, lock: int) -> None:
+def run(words: list[str], *, lock: int, threads: int) -> None:
     """`python -m WORDS`, from the root. `lock` is a file descriptor that the process inherits.
 
     Raises CommandFailed. What it says goes where ours goes.
@@ -36,7 +36,7 @@ def run(words: list[str], *, lock: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)},
         pass_fds=(lock,),
         preexec_fn=die_with_parent,
         check=False,

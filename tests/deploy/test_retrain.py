@@ -249,7 +249,7 @@ from deploy import process
 from deploy.lock import exclusive
 process.ROOT = Path({str(tmp_path)!r})
 with exclusive(process.ROOT / "lock", wait=False) as lock:
-    process.run(["slow"], lock=lock)
+    process.run(["slow"], lock=lock, threads=1)
 """
     parent = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
