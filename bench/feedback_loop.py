@@ -270,6 +270,8 @@ def main() -> int:
         now = part("retraining", now)
         trial(loop)
         better = json.loads((loop.registry / "current").read_text())["version"]
+        while loop.talk(loop.unseen[:1])[0].version != better[:12]:
+            pass  # the server has still to see it
         loop.measure("after one cycle")
         now = part("trial", now)
         roll_back(loop, better, first)
