@@ -1,4 +1,4 @@
-"""`python -m compress`: import-base, quantize, inspect, compare."""
+"""`python -m compress`: import-base, quantize, search, inspect, compare."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from compress.compare_page import to_page, to_text
 from compress.gate import EXIT_GATE
 from compress.quantize import GateFailed, Options, quantize
 from compress.recipes import RECIPES
+from compress.search_options import BudgetUnmet, SearchOptions
 from compress.summary import limited_figures, summarize
 from proto.manifest import ManifestError, load
 from serve.machine import cpu_quota
+from serve.native import NativeUnavailable
 from train.errors import TrainError
 from train.flags import add_flags, from_flags
 
 EXIT_USAGE = 2
+BAD_INPUT = (CheckpointError, ImportBaseError, ManifestError, NativeUnavailable, TrainError, ValueError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     make = commands.add_parser("quantize", help="build, judge and publish an artifact")
     make.add_argument("checkpoint", type=Path, help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
     make.add_argument("-o", "--output", type=Path, required=True, help="artifact directory to make")
-    make.add_argument("--recipe", choices=RECIPES, default=default["recipe"], help="(default: %(default)s)")
+    named = f"{', '.join(RECIPES)}, or a file that `search` wrote"
+    make.add_argument("--recipe", default=default["recipe"], help=f"{named} (default: %(default)s)")
     make.add_argument("--kv", choices=("fp32", "int8"), default=default["kv"], help="KV cache (default: %(default)s)")
     make.add_argument("--name", default=default["name"], help="model name (default: the output's)")
     make.add_argument("--text", type=Path, help="text to calibrate on and judge by (default: Python's own docs)")
@@ -58,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")
     add_threads(make)
+
+    find = commands.add_parser("search", help="find the recipe that is best on this machine within a budget")
+    find.add_argument("checkpoint", type=Path, help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
+    find.add_argument("-o", "--output", type=Path, required=True, help="recipe file to write, NAME.json")
+    add_flags(find, SearchOptions)
+    add_threads(find)
 
     show = commands.add_parser("inspect", help="summarize an artifact")
     show.add_argument("artifact", type=Path)
@@ -89,6 +99,11 @@ def main() -> int:
             import_base(args.directory, args.gguf)
         elif args.command == "inspect":
             print(summarize(load(args.artifact)))
+        elif args.command == "search":
+            from compress.search import search  # torch, scipy and matplotlib, which the other commands do without
+
+            print(search(args.checkpoint, args.output, from_flags(SearchOptions, args), threads=threads_of(args)))
+            print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
         elif args.command == "compare":
             asked = from_flags(CompareOptions, args)
             found = compare(args.first, args.second, asked, threads=threads_of(args))
@@ -101,10 +116,10 @@ def main() -> int:
             manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads_of(args))
             verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"
             print(f"{args.output} {verdict}: {limited_figures(manifest.gate) if manifest.gate else ''}")
-    except GateFailed as error:
+    except (GateFailed, BudgetUnmet) as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_GATE
-    except (CheckpointError, ImportBaseError, ManifestError, TrainError, ValueError, OSError) as error:
+    except BAD_INPUT as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0

@@ -44,7 +44,7 @@ def choose(
 ) -> dict[str, int]:
     """Of a layer's weight-only products; `inputs` holds rows of what each reads."""
     levels = {}
-    for role in ("qkv", "o", decoder.up, "down"):
+    for role in decoder.roles:
         product = f"layers.{layer}.{role}"
         precision = precision_of(recipe, product)
         if is_weight_only(precision):

@@ -73,7 +73,7 @@ def write_layer(
         if template:
             file.add(f"layers.{layer}.{kind}.weight", weights.head_norm(template, layer))
     _write_tensors(file, f"layers.{layer}.mlp_norm", weights.mlp_norm(layer))
-    for role in ("qkv", "o", d.up, "down"):
+    for role in d.roles:
         _write_product(file, decoder, weights, recipe, layer, role, hook)
 
 

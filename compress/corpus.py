@@ -1,9 +1,9 @@
-"""Text to calibrate on and text to judge by, never the same.
+"""Text to calibrate on, text to choose a recipe by, and text to judge by, never the same.
 
 The default is what every interpreter carries: Python's language reference (`pydoc_data.topics`, English prose) and
 the sources of the standard library (code and docstrings). Documents go to one side or the other by a hash of their
-name, so that the held-out side is unseen by calibration. Every third document is put as an answer in the model's chat
-format, if it has one, since that is how a chat model is used.
+name, so that the held-out side is unseen by calibration and by search. Every third document is put as an answer in the
+model's chat format, if it has one, since that is how a chat model is used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ DOCUMENT_CHARACTERS = 6000
 MIN_DOCUMENT_CHARACTERS = 1500
 CHAT_EVERY = 3
 HELD_OUT_SHARE = 3  # one document in three is held out
+VALIDATION_SHARE = 3  # and of the others, while a search runs, one in three is what it chooses by
 
 
-Side = Literal["calibration", "held-out"]
+Side = Literal["calibration", "validation", "held-out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,13 @@ def sides_of(path: Path | None) -> tuple[list[str], list[str]]:
         return split_texts(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"--text {path} is not UTF-8: {error}") from error
+
+
+def sides_of_search(path: Path | None) -> tuple[list[str], list[str]]:
+    """(calibration documents, validation documents) of the calibration side. Raises ValueError as `sides_of` does."""
+    documents, _ = sides_of(path)
+    validation = documents[VALIDATION_SHARE - 1 :: VALIDATION_SHARE]
+    return [d for i, d in enumerate(documents) if i % VALIDATION_SHARE != VALIDATION_SHARE - 1], validation
 
 
 def default_texts() -> tuple[list[str], list[str]]:

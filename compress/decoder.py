@@ -45,7 +45,7 @@ def build(
         raise CheckpointError(
             f"activation {decoder.activation!r} is not supported. Supported are {', '.join(ACTIVATIONS)}."
         )
-    _check_recipe(recipe, decoder)
+    check_recipe(recipe, decoder)
     weights = Weights(checkpoint, decoder, {})
     kv_scales: list[tuple[Floats, Floats]] = []
     accuracy_levels: dict[str, int] = {}
@@ -70,7 +70,8 @@ def build(
     return decoder.architecture(limit)
 
 
-def _check_recipe(recipe: Recipe, decoder: Decoder) -> None:
+def check_recipe(recipe: Recipe, decoder: Decoder) -> None:
+    """Raises ValueError for a product or a precision that the decoder has not."""
     for name, precision in (("default", recipe.default), *recipe.products.items()):
         if name != "default" and name not in decoder.products:
             raise ValueError(f"recipe {recipe.name} names product {name}; there are {', '.join(decoder.products)}")

@@ -137,10 +137,14 @@ class Decoder:
         return "gate_up" if self.family.gated else "fc"
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The names of a layer's products, in the order of the graph."""
+        return ("qkv", "o", self.up, "down")
+
+    @property
     def products(self) -> tuple[str, ...]:
         """The names of all matrix products, in the order of the graph."""
-        layer = ("qkv", "o", self.up, "down")
-        return (*(f"layers.{i}.{product}" for i in range(self.num_layers) for product in layer), "head")
+        return (*(f"layers.{i}.{role}" for i in range(self.num_layers) for role in self.roles), "head")
 
     def shape(self, role: str) -> tuple[int, int]:
         """Outputs N and inputs K of `qkv`, `o`, `gate_up` or `fc`, `down`, or `head`."""
@@ -153,6 +157,11 @@ class Decoder:
             "head": (self.vocab_size, self.hidden_size),
         }
         return shapes[role]
+
+    def modules(self, role: str) -> tuple[str, ...]:
+        """Templates of the modules that are fused into a layer's product, in the order of its outputs."""
+        family = self.family
+        return {"qkv": family.qkv, "o": (family.o,), self.up: family.up, "down": (family.down,)}[role]
 
     def parts(self, role: str) -> int:
         """How many products are fused one above the other such that the native operator pads each by itself."""

@@ -37,7 +37,7 @@ def balance_layer(
 ) -> dict[str, Floats]:
     """Scales of a layer's products that read 8-bit activations; `moments` are those of compress/calibration.py."""
     scales: dict[str, Floats] = {}
-    for role in ("qkv", "o", decoder.up, "down"):
+    for role in decoder.roles:
         product = f"layers.{layer}.{role}"
         foldable = role != "down" or decoder.family.gated
         precision = precision_of(recipe, product)

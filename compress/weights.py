@@ -74,8 +74,7 @@ class Weights:
         """Weight [N, K] and bias [N] of `qkv`, `o`, `gate_up` or `fc`, or `down`, migrated."""
         d = self._decoder
         num_outputs, num_inputs = d.shape(role)
-        modules = {"qkv": d.family.qkv, "o": (d.family.o,), d.up: d.family.up, "down": (d.family.down,)}[role]
-        names = [d.prefix + module.format(i=layer) for module in modules]
+        names = [d.prefix + module.format(i=layer) for module in d.modules(role)]
         weight = self._matrix(names, num_outputs, num_inputs)
         bias: Floats | None = None
         if role in d.biases:
@@ -130,7 +129,7 @@ class Weights:
 
     def _check_scales(self) -> None:
         d = self._decoder
-        sizes = {role: d.shape(role)[1] for role in ("qkv", "o", d.up, "down")}
+        sizes = {role: d.shape(role)[1] for role in d.roles}
         foldable = sizes if d.family.gated else sizes.keys() - {"down"}
         for product, scale in self._scales.items():
             role = product.rpartition(".")[2]

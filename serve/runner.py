@@ -26,9 +26,12 @@ Array = NDArray[np.generic]
 
 
 def open_session(
-    directory: Path, threads: int, graph: str = GRAPH, library: Path | None = None
+    directory: Path, threads: int, graph: str = GRAPH, library: Path | None = None, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """One of the artifact's graphs with `threads` compute threads; `library` holds the operators of its own."""
+    """One of the artifact's graphs with `threads` compute threads; `library` holds the operators of its own.
+
+    With `profile`, each node's time goes to a file of this prefix until the session's `end_profiling`.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -36,6 +39,9 @@ def open_session(
     options.enable_mem_pattern = False  # shapes change from run to run
     if library is not None:
         options.register_custom_ops_library(str(library))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return ort.InferenceSession(str(directory / graph), options, providers=["CPUExecutionProvider"])
 
 

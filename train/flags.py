@@ -44,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> 
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=item.default, help=text)
         else:
             many = isinstance(item.default, tuple)
-            default = " ".join(item.default) if many else str(item.default)
+            default = (" ".join(item.default) if many else str(item.default)).replace("%", "%%")
             parser.add_argument(
                 flag(name),
                 type=parse,

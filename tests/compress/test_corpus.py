@@ -8,7 +8,16 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from compress.corpus import DOCUMENT_CHARACTERS, MIN_DOCUMENT_CHARACTERS, Side, default_texts, make_corpus, split_texts
+from compress.corpus import (
+    DOCUMENT_CHARACTERS,
+    MIN_DOCUMENT_CHARACTERS,
+    Side,
+    default_texts,
+    make_corpus,
+    sides_of,
+    sides_of_search,
+    split_texts,
+)
 from serve.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -39,6 +48,12 @@ def test_the_default_sides_are_disjoint_and_the_same_every_time() -> None:
     assert min(len(calibration), len(held_out)) >= 32  # enough for the default windows of both
     assert all(MIN_DOCUMENT_CHARACTERS <= len(text) <= DOCUMENT_CHARACTERS for text in calibration + held_out)
     assert default_texts() == (calibration, held_out)
+
+
+def test_a_search_takes_its_sides_from_those_of_calibration() -> None:
+    calibration, validation = sides_of_search(None)
+    assert sorted(calibration + validation) == sorted(sides_of(None)[0])
+    assert min(len(calibration), len(validation)) >= 32
 
 
 @pytest.mark.parametrize("num_documents", [3, 4, 5, 10])

@@ -14,8 +14,8 @@ from compress.__main__ import EXIT_GATE, EXIT_USAGE, parser
 from compress.budget import STRICT, WIDE, parse
 from compress.precisions import W4A8_ROTATED, W8, W8A8_ROTATED
 from compress.quantize import Options
-from compress.recipes import RECIPES
-from proto.manifest import Manifest, load
+from compress.recipes import RECIPES, write_recipe
+from proto.manifest import Manifest, Recipe, load
 from tests.compress.conftest import Run
 
 # A random model is far from robust: let it through, to see what is published then.
@@ -41,6 +41,18 @@ def test_every_recipe_publishes_a_whole_artifact(
     assert manifest.lineage.datasets.keys() == {"calibration", "held_out"}
     assert len(set(manifest.lineage.datasets.values())) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_recipe_may_be_a_file_and_an_unknown_one_is_refused(
+    quantize: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe(name="mine", default=W4A8_ROTATED, products={"head": W8A8_ROTATED, "layers.1.down": W8A8_ROTATED})
+    write_recipe(tmp_path / "mine.json", recipe)
+    assert quantize(tmp_path / "tiny", *EASY, "--recipe", str(tmp_path / "mine.json")) == 0
+    assert load(tmp_path / "tiny").recipe == recipe
+    assert quantize(tmp_path / "other", "--recipe", "int3") == EXIT_USAGE
+    assert "unknown recipe 'int3'; there are fp32, w8a8" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_full_precision_with_a_full_precision_cache_is_the_reference(quantize: Run, tmp_path: Path) -> None:
@@ -161,7 +173,7 @@ def test_a_file_changed_after_publishing_is_told(
     assert "it was changed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "int3"], ["--kv", "fp8"], ["--window", "many"], ["--nonsense"]])
+@pytest.mark.parametrize("flags", [["--kv", "fp8"], ["--window", "many"], ["--nonsense"]])
 def test_a_wrong_flag_exits_with_usage(flags: list[str], quantize: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         quantize(tmp_path / "tiny", *flags)
