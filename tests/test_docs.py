@@ -255,6 +255,7 @@ def test_the_gates_figures_and_limits_are_documented() -> None:
     assert f"first {generations.PROMPT} tokens of each window, by {generations.LENGTH} tokens" in text
     assert f"tokens per second of {speed.STREAMS} (median steps at a context of {speed.CONTEXT} tokens)" in text
     assert f"chunks of {CHUNK} tokens" in COMPRESS
+    assert f"(a step of {speed.STREAMS})" in section(COMPRESS, "search")
     assert f"documents of {DOCUMENT_CHARACTERS} characters" in COMPRESS
     limits = parse(STRICT).thresholds
     ratio, kl, agreement = (limits[name] for name in ("perplexity_ratio", "kl", "greedy_agreement"))
