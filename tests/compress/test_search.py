@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from compress import measurements, speeds
-from compress.__main__ import EXIT_GATE, EXIT_USAGE, main
+from compress.__main__ import EXIT_USAGE, main
 from compress.candidates import native_precisions
+from compress.gate import EXIT_GATE
 from compress.measurements import Measurements, Quality, Timing
 from compress.speeds import Speeds
 from compress.subject import PIECE, cut
