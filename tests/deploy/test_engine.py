@@ -79,6 +79,7 @@ def engine(debian: Path) -> Iterator[str]:
         client.close()
         process.terminate()
         process.wait(60)
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True, check=False)  # it leaves that
         shutil.rmtree(folder, ignore_errors=True)
 
 
