@@ -313,8 +313,13 @@ checkpoints.finish()
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # their number decides the last bits
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
