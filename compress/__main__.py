@@ -1,4 +1,4 @@
-"""`python -m compress`: import-base, quantize, search, inspect, compare."""
+"""`python -m compress`: import-base, quantize, search, prune, inspect, compare."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from compress.gate import EXIT_GATE
 from compress.quantize import GateFailed, Options, quantize
 from compress.recipes import RECIPES
 from compress.search_options import BudgetUnmet, SearchOptions
+from compress.shapes import PruneOptions, Size
 from compress.summary import limited_figures, summarize
 from proto.manifest import ManifestError, load
 from serve.machine import cpu_quota
@@ -69,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     add_flags(find, SearchOptions)
     add_threads(find)
 
+    smaller = commands.add_parser("prune", help="cut a checkpoint down to a smaller one")
+    smaller.add_argument("checkpoint", type=Path, help="Hugging Face directory")
+    smaller.add_argument("-o", "--output", type=Path, required=True, help="Hugging Face directory to make")
+    add_flags(smaller, Size)
+    add_flags(smaller, PruneOptions)
+    add_threads(smaller)
+
     show = commands.add_parser("inspect", help="summarize an artifact")
     show.add_argument("artifact", type=Path)
 
@@ -110,6 +118,11 @@ def main() -> int:
             print(to_text(found))
             if asked.output:
                 asked.output.write_text(to_page(found), encoding="utf-8")
+        elif args.command == "prune":
+            from compress.prune import prune, pruned_to  # brings torch, which nothing else here needs
+
+            size, rest = from_flags(Size, args), from_flags(PruneOptions, args)
+            print(pruned_to(args.output, prune(args.checkpoint, args.output, size, rest, threads=threads_of(args))))
         else:
             options = Options(**{item.name: getattr(args, item.name) for item in fields(Options)})
             command = "python -m compress " + shlex.join(sys.argv[1:])

@@ -40,6 +40,11 @@ class Calibration:
         per_window = -(-ROWS // len(windows))
         self._kept = [random.permutation(len(window))[:per_window] for window in windows]
 
+    @property
+    def hidden(self) -> list[Floats]:
+        """The residual stream of each window before the next layer, [tokens, hidden]."""
+        return list(self._stream.hidden)
+
     def next_layer(self) -> Activations:
         """Run the next layer over all windows."""
         d = self._stream.decoder

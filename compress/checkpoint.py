@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
+import ml_dtypes  # registers bfloat16 with numpy, which safetensors needs to read it
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-READABLE = ("F32", "F16", "BF16")
+READABLE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class CheckpointError(Exception):
@@ -78,6 +78,12 @@ class Checkpoint:
                 f"{values[tuple(first)]} at {first}. Give a checkpoint from before the training diverged."
             )
         return values
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """In which a tensor that can be read is kept."""
+        with safe_open(self.path / self._files[name], framework="numpy") as file:
+            kept: np.dtype[Any] = READABLE[file.get_slice(name).get_dtype()]
+        return kept
 
     @cached_property
     def digest(self) -> str:

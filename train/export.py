@@ -24,10 +24,15 @@ def export(model: PreTrainedModel, parent: Path, directory: Path, training: Mapp
     """
     with new_folder(directory) as made:
         model.save_pretrained(made)
-        for file in sorted(parent.iterdir()):
-            if file.is_file() and file.name.startswith(KEPT):
-                shutil.copyfile(file, made / file.name)
-        write(made / TRAINING, training)
+        add_companions(made, parent, training)
+
+
+def add_companions(made: Path, parent: Path, training: Mapping[str, Any]) -> None:
+    """What a checkpoint has besides weights and config: the files of `parent`, and `training` as training.json."""
+    for file in sorted(parent.iterdir()):
+        if file.is_file() and file.name.startswith(KEPT):
+            shutil.copyfile(file, made / file.name)
+    write(made / TRAINING, training)
 
 
 def digest(checkpoint: Path) -> str:
