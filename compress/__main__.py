@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         ("window", "tokens of context in calibration and gate"),
         ("calibration_windows", "windows of text to calibrate on"),
         ("held_out_windows", "windows of held-out text for the gate"),
+        ("distill_steps", "steps of quantization-aware distillation; 0: none"),
     ):
         flag = "--" + name.replace("_", "-")
         make.add_argument(flag, type=int, default=default[name], help=f"{text} (default: %(default)s)")

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from compress.blocks import WeightBlocks, pack_blocks, round_blocks
+from compress.blocks import WeightBlocks, dequantize_blocks, pack_blocks, round_blocks
 from compress.checkpoint import Floats
 from compress.families import Decoder
-from compress.levels import STEPS, Weight4, Weight8, round_by_group, round_to_nearest
+from compress.levels import STEPS, Weight4, Weight8, dequantize, round_by_group, round_to_nearest
 from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
 from compress.precisions import FLOAT, is_weight_only, precision_of
 from compress.rope import tables
@@ -117,8 +117,7 @@ def write_weight(
         return
     if precision.rotated:
         weight = rotate(weight)
-    rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
-    _check(product, weight.shape, precision, rounded)
+    rounded = round_weight(product, weight, precision, hook)
     if isinstance(rounded, Weight8):
         file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
         file.add(f"{product}.weight", pack_int8(rounded.levels, parts))
@@ -134,6 +133,20 @@ def write_weight(
         file.add(f"{product}.scale", pad_rows(rounded.scale, parts, fill=1))
         grid = rounded.step - STEPS[0] << 4 | rounded.zero
         file.add(f"{product}.grid", pack_groups(grid, num_inputs, group, parts))
+
+
+def round_weight(product: str, weight: Floats, precision: Precision, hook: WeightHook | None) -> Rounded:
+    """By the hook, or to nearest where it gives nothing. Raises ValueError if it gives something else."""
+    rounded = (hook(product, weight) if hook else None) or nearest(weight, precision)
+    _check(product, weight.shape, precision, rounded)
+    return rounded
+
+
+def meant(rounded: Rounded, precision: Precision) -> Floats:
+    """The weight [N, K] that the levels mean."""
+    if isinstance(rounded, WeightBlocks):
+        return dequantize_blocks(rounded, precision.group)
+    return dequantize(rounded, precision.group)
 
 
 def nearest(weight: Floats, precision: Precision) -> Rounded:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from pydoc_data import topics
 from typing import Literal
@@ -81,18 +82,8 @@ def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, side: Side, *, num_w
 
     Raises ValueError if the text gives fewer.
     """
-    order = list(texts)
-    random.Random(0).shuffle(order)
-    windows: list[list[int]] = []
-    for number, text in enumerate(order):
-        if len(windows) == num_windows:
-            break
-        if tokenizer.has_chat_template and number % CHAT_EVERY == 0:
-            question = {"role": "user", "content": "Write about: " + " ".join(text.split()[:8])}
-            text = tokenizer.render_chat([question]) + text
-        tokens = tokenizer.encode(text)
-        if len(tokens) >= window:
-            windows.append(tokens[:window])
+    order = shuffled(texts)
+    windows = list(islice(cut_windows(order, tokenizer, window), num_windows))
     if len(windows) < num_windows:
         raise ValueError(
             f"the {side} text has {len(windows)} documents of at least {window} tokens, and --{side}-windows asks for "
@@ -100,3 +91,21 @@ def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, side: Side, *, num_w
         )
     digest = hashlib.sha256("\0".join(order).encode()).hexdigest()
     return Corpus(windows, digest)
+
+
+def shuffled(texts: Sequence[str]) -> list[str]:
+    """In an order that is always the same."""
+    order = list(texts)
+    random.Random(0).shuffle(order)
+    return order
+
+
+def cut_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int) -> Iterator[list[int]]:
+    """The first `window` tokens of each document that has as many."""
+    for number, text in enumerate(texts):
+        if tokenizer.has_chat_template and number % CHAT_EVERY == 0:
+            question = {"role": "user", "content": "Write about: " + " ".join(text.split()[:8])}
+            text = tokenizer.render_chat([question]) + text
+        tokens = tokenizer.encode(text)
+        if len(tokens) >= window:
+            yield tokens[:window]

@@ -8,10 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from compress.blocks import WeightBlocks, dequantize_blocks
 from compress.checkpoint import Floats
-from compress.constants import Rounded, WeightHook, nearest
-from compress.levels import LEVELS, TINY, dequantize
+from compress.constants import Rounded, WeightHook, meant, nearest
+from compress.levels import LEVELS, TINY
 from compress.precisions import precision_of
 from compress.rotation import rotate
 from proto.manifest import Precision, Recipe
@@ -60,8 +59,7 @@ def measure(weight: Floats, rounded: Rounded, precision: Precision, inputs: Floa
 
     The inputs are migrated as the weight is, and not rotated.
     """
-    group = precision.group
-    found = dequantize_blocks(rounded, group) if isinstance(rounded, WeightBlocks) else dequantize(rounded, group)
+    found = meant(rounded, precision)
     of_weight = float(np.linalg.norm(found - weight) / (np.linalg.norm(weight) + TINY))
     if inputs is None:
         return ProductError(of_weight, None)

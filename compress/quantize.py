@@ -11,8 +11,11 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -26,7 +29,7 @@ from compress.budget import default_budget, parse
 from compress.calibration import Calibration
 from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import Rounded, WeightHook
-from compress.corpus import Corpus, make_corpus, sides_of
+from compress.corpus import Corpus, cut_windows, make_corpus, shuffled, sides_of
 from compress.decoder import build
 from compress.families import Decoder, describe
 from compress.gate import Evidence, examine, judge
@@ -76,6 +79,7 @@ class Options:
     window: int = 512  # tokens of context in calibration and gate
     calibration_windows: int = 24
     held_out_windows: int = 16
+    distill_steps: int = 0  # of quantization-aware distillation; 0: none
     gate: str = ""  # limits; by default those of the recipe
     force: bool = False
     measure: bool = True
@@ -86,6 +90,7 @@ class Options:
             ("window", 2),
             ("calibration_windows", 1),
             ("held_out_windows", 2),  # one tells nothing of how far figures vary
+            ("distill_steps", 0),
         ):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is too small; give at least {least}")
@@ -105,6 +110,8 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     if options.window > decoder.max_position:
         raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
     recipe = make_recipe(options.recipe, decoder)
+    if options.distill_steps and recipe.default == FLOAT:
+        raise ValueError(f"--distill-steps trains integer weights, and recipe {recipe.name} has none; leave it out")
     budget = parse(options.gate) if options.gate else default_budget(recipe)
     with artifact_folder(target) as artifact:
         tokenizer = copy_tokenizer(source, artifact)
@@ -115,7 +122,11 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             )
         calibration, held_out = corpora(options, tokenizer)
         meter = ErrorMeter(recipe)
-        treat = make_treat(checkpoint, decoder, recipe, calibration, meter, options, threads)
+        trained: dict[str, Rounded] = {}
+        treat = make_treat(checkpoint, decoder, recipe, calibration, meter, options, threads, trained)
+        if options.distill_steps:
+            treat = cache(treat)
+            trained |= distill(checkpoint, decoder, recipe, treat, tokenizer, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
         del treat
         evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads)
@@ -168,8 +179,12 @@ def make_treat(
     meter: ErrorMeter,
     options: Options,
     threads: int,
+    trained: Mapping[str, Rounded] = MappingProxyType({}),
 ) -> Treat:
-    """Calibrates each layer when it is asked for: migrates, rounds so that errors cancel, measures keys and values."""
+    """Calibrates each layer when it is asked for: migrates, rounds so that errors cancel, measures keys and values.
+
+    Products that are in `trained` when they are rounded are taken from there.
+    """
     rounds, int8_caches = recipe.default != FLOAT, options.kv == "int8"
     if not rounds and not int8_caches:
         return leave
@@ -180,23 +195,47 @@ def make_treat(
         if layer is None:
             if not rounds:
                 return Treatment()
-            return Treatment(hook=meter.watch(compensating_hook(recipe, {"head": walk.head_moment()}, {})))
+            return Treatment(hook=meter.watch(compensating_hook(recipe, {"head": walk.head_moment()}, {}, trained)))
         activations = walk.next_layer()
         kv_scales = activations.kv_scales if int8_caches else None
         if not rounds:
             return Treatment(kv_scales=kv_scales)
         scales = balance_layer(decoder, weights, layer, activations.moments, recipe)
-        hook = meter.watch(compensating_hook(recipe, activations.moments, scales), activations.inputs, scales)
+        hook = meter.watch(compensating_hook(recipe, activations.moments, scales, trained), activations.inputs, scales)
         levels = choose(decoder, weights, layer, activations.inputs, recipe)
         return Treatment(scales, hook, levels, kv_scales)
 
     return treat
 
 
-def compensating_hook(recipe: Recipe, moments: Mapping[str, Floats], scales: Mapping[str, Floats]) -> WeightHook:
-    """Rounds weights so that errors cancel on the calibration inputs."""
+def distill(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    recipe: Recipe,
+    treat: Treat,
+    tokenizer: Tokenizer,
+    options: Options,
+    threads: int,
+) -> dict[str, Rounded]:
+    """Levels that were trained, by product; on all windows that the calibration side has, if so many are needed."""
+    from compress.quantization_aware import BATCH, distill_levels  # torch, which nothing else here needs
+
+    texts = shuffled(sides_of(options.text)[0])
+    windows = list(islice(cut_windows(texts, tokenizer, options.window), options.distill_steps * BATCH))
+    return distill_levels(checkpoint, decoder, recipe, treat, windows, steps=options.distill_steps, threads=threads)
+
+
+def compensating_hook(
+    recipe: Recipe,
+    moments: Mapping[str, Floats],
+    scales: Mapping[str, Floats],
+    trained: Mapping[str, Rounded] = MappingProxyType({}),
+) -> WeightHook:
+    """Rounds weights so that errors cancel on the calibration inputs, but for those that are `trained`."""
 
     def round_weight(product: str, weight: Floats) -> Rounded:
+        if product in trained:
+            return trained[product]
         precision = precision_of(recipe, product)
         moment = moments[product]
         if product in scales:

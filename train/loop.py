@@ -46,7 +46,7 @@ class Training:
     held_out: Batches | None
     optimizers: Optimizers
     guard: Guard
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None  # None: a run that is not to be resumed
     steps: int
     eval_every: int
     eval_steps: int
@@ -62,8 +62,8 @@ class Training:
 
     def resume(self) -> bool:
         """Go on from the last checkpoint; False if there is none. Raises TrainError if the data has changed."""
-        path = self.checkpoints.latest()
-        if path is None:
+        path = self.checkpoints.latest() if self.checkpoints else None
+        if self.checkpoints is None or path is None:
             return False
         self.step, values = self.checkpoints.load(path, self.model, self.optimizers)
         if values["data"] != self.data.digest:
@@ -74,7 +74,7 @@ class Training:
 
 
 def train(run: Training, tracker: Tracker) -> bool:
-    """From `run.step` to the end; False if a signal ended it early. Either way all is saved."""
+    """From `run.step` to the end; False if a signal ended it early. Either way all is saved, where saving is wished."""
     options, world = run.options, run.world
     with signals() as asked_to_end:
         while run.step < run.steps:
@@ -97,11 +97,12 @@ def train(run: Training, tracker: Tracker) -> bool:
             if run.held_out and (last or run.step % run.eval_every == 0):
                 found = {f"held_out_{name}": value for name, value in judge(run, run.held_out).items()}
                 tracker.log(run.step, {"tokens": run.tokens, **found})
-            if last or ending or run.checkpoints.due(run.step, time.monotonic()):
+            if run.checkpoints and (last or ending or run.checkpoints.due(run.step, time.monotonic())):
                 run.checkpoints.save(run.step, run.model, run.optimizers, run.values())
             if ending:
                 break
-    run.checkpoints.finish()
+    if run.checkpoints:
+        run.checkpoints.finish()
     return run.step == run.steps
 
 
