@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 from compress.base_model import ImportBaseError, import_base
 from compress.budget import STRICT
@@ -14,12 +15,13 @@ from compress.checkpoint import CheckpointError
 from compress.compare import CompareOptions, compare
 from compress.compare_page import to_page, to_text
 from compress.gate import EXIT_GATE
-from compress.quantize import GateFailed, Options, quantize
-from compress.recipes import RECIPES
+from compress.quantize import Options, quantize
+from compress.recipes import RECIPES_OF
 from compress.search_options import BudgetUnmet, SearchOptions
 from compress.shapes import PruneOptions, Size
 from compress.summary import limited_figures, summarize
-from proto.manifest import ManifestError, load
+from compress.verdict import GateFailed
+from proto.manifest import KvCacheType, ManifestError, load
 from serve.machine import cpu_quota
 from serve.native import NativeUnavailable
 from train.errors import TrainError
@@ -41,14 +43,22 @@ def parser() -> argparse.ArgumentParser:
     make = commands.add_parser("quantize", help="build, judge and publish an artifact")
     make.add_argument("checkpoint", type=Path, help="Hugging Face directory (config.json, safetensors, tokenizer.json)")
     make.add_argument("-o", "--output", type=Path, required=True, help="artifact directory to make")
-    named = f"{', '.join(RECIPES)}, or a file that `search` wrote"
-    make.add_argument("--recipe", default=default["recipe"], help=f"{named} (default: %(default)s)")
-    make.add_argument("--kv", choices=("fp32", "int8"), default=default["kv"], help="KV cache (default: %(default)s)")
+    make.add_argument(
+        "--target", choices=tuple(RECIPES_OF), default=default["target"], help="what it is for (default: %(default)s)"
+    )
+    recipes = "; ".join(f"for {target} {', '.join(names)}" for target, names in RECIPES_OF.items())
+    named = f"{recipes}; or a file that `search` wrote (default: the target's first)"
+    make.add_argument("--recipe", default=default["recipe"], help=named)
+    caches = "KV cache: int8, or the activations' type (default: int8, for cuda the activations' type)"
+    make.add_argument("--kv", choices=get_args(KvCacheType), default=default["kv"], help=caches)
     make.add_argument("--name", default=default["name"], help="model name (default: the output's)")
     make.add_argument("--text", type=Path, help="text to calibrate on and judge by (default: Python's own docs)")
     example = STRICT.replace("%", "%%")
     make.add_argument("--gate", default=default["gate"], help=f"limits, such as '{example}' (default: the recipe's)")
     make.add_argument("--force", action="store_true", help="publish even if the gate fails, and record that")
+    make.add_argument(
+        "--ungated", action="store_true", help="publish unjudged what this machine cannot judge, and record that"
+    )
     make.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
@@ -128,8 +138,11 @@ def main() -> int:
             options = Options(**{item.name: getattr(args, item.name) for item in fields(Options)})
             command = "python -m compress " + shlex.join(sys.argv[1:])
             manifest = quantize(args.checkpoint, args.output, options, command=command, threads=threads_of(args))
-            verdict = "passed the gate" if manifest.gate and manifest.gate.passed else "was forced through the gate"
-            print(f"{args.output} {verdict}: {limited_figures(manifest.gate) if manifest.gate else ''}")
+            if manifest.gate is None:
+                print(f"{args.output} was NOT judged: --ungated")
+            else:
+                verdict = "passed the gate" if manifest.gate.passed else "was forced through the gate"
+                print(f"{args.output} {verdict}: {limited_figures(manifest.gate)}")
     except (GateFailed, BudgetUnmet) as error:
         print(f"compress: {error}", file=sys.stderr)
         return EXIT_GATE

@@ -14,7 +14,7 @@ import numpy as np
 from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.levels import LEVELS, TINY
-from compress.precisions import is_weight_only, precision_of
+from compress.precisions import float_type, is_weight_only, precision_of
 from compress.weights import Weights
 from proto.manifest import Recipe
 
@@ -42,12 +42,12 @@ def accuracy_level(x: Floats, weight: Floats, block: int) -> int:
 def choose(
     decoder: Decoder, weights: Weights, layer: int, inputs: Mapping[str, Floats], recipe: Recipe
 ) -> dict[str, int]:
-    """Of a layer's weight-only products; `inputs` holds rows of what each reads."""
+    """Of a layer's weight-only products; `inputs` holds rows of what each reads. Those for CUDA have none to choose."""
     levels = {}
     for role in decoder.roles:
         product = f"layers.{layer}.{role}"
         precision = precision_of(recipe, product)
-        if is_weight_only(precision):
+        if is_weight_only(precision) and float_type(precision) == "fp32":
             weight, _ = weights.product(layer, role)
             levels[product] = accuracy_level(inputs[product], weight, precision.group)
     return levels

@@ -2,7 +2,7 @@
 
 | name                                         | shape and type                                                   |
 |----------------------------------------------|------------------------------------------------------------------|
-| `{product}.weight`, fp32                     | float32 [K, N]; of a tied head [vocab, hidden]                   |
+| `{product}.weight`, float                    | float32 [K, N]; of a tied head [vocab, hidden]                   |
 | `{product}.weight`, `.scale`, `.sums`, int8  | packed: docs/native.md                                           |
 | `{product}.weight`, `.scale`, `.grid`, 4-bit | packed: docs/native.md                                           |
 | weight-only: `.weight`, `.scale`, `.zero`    | as `MatMulNBits` reads them; scales float16 [N, blocks]          |
@@ -13,7 +13,7 @@
 | `positions.weight`                           | float32 [context, hidden]                                        |
 
 Products are `layers.{i}.{qkv, o, gate_up or fc, down}` and `head`, the norms `layers.{i}.attention_norm`,
-`layers.{i}.mlp_norm` and `final_norm`.
+`layers.{i}.mlp_norm` and `final_norm`. Where activations have 16 bits, all that is float32 here is of their type.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compress.checkpoint import Floats
 from compress.families import Decoder
 from compress.levels import STEPS, Weight4, Weight8, dequantize, round_by_group, round_to_nearest
 from compress.packing import pack_groups, pack_int4, pack_int8, pad_rows
-from compress.precisions import FLOAT, is_weight_only, precision_of
+from compress.precisions import float_type, is_float, is_weight_only, precision_of
 from compress.rope import tables
 from compress.rotation import rotate
 from compress.weight_file import WeightStore
@@ -51,16 +51,21 @@ def write_positions(file: WeightStore, decoder: Decoder, weights: Weights, max_c
 
 
 def write_embedding(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Recipe) -> None:
-    """An untied embedding [vocab, hidden]: int8, unless the recipe is float. A tied one is the head's matrix."""
+    """An untied embedding [vocab, hidden]: int8 or float: `is_float_embedding`. A tied one is the head's matrix."""
     if decoder.tied:
         return
     matrix = weights.embedding()
-    if recipe.default == FLOAT:
+    if is_float_embedding(recipe):
         file.add("embedding.weight", matrix)
     else:
         levels, scale = round_to_nearest(matrix)
         file.add("embedding.weight", pack_int8(levels))
         file.add("embedding.scale", pad_rows(scale, fill=1))
+
+
+def is_float_embedding(recipe: Recipe) -> bool:
+    """Whether an untied embedding is float: on CUDA always, where its few rows a step cost nothing."""
+    return is_float(recipe.default) or float_type(recipe.default) != "fp32"
 
 
 def write_layer(
@@ -102,7 +107,7 @@ def write_head(file: WeightStore, decoder: Decoder, weights: Weights, recipe: Re
     precision = precision_of(recipe, "head")
     if not decoder.tied:
         write_weight(file, "head", weights.head(), precision, hook)
-    elif precision == FLOAT:
+    elif is_float(precision):
         file.add("head.weight", weights.embedding())
     else:
         write_weight(file, "head", weights.embedding(), precision, hook)
@@ -112,7 +117,7 @@ def write_weight(
     file: WeightStore, product: str, weight: Floats, precision: Precision, hook: WeightHook | None, parts: int = 1
 ) -> None:
     """Write the weight [N, K] of a product. Raises ValueError if the hook gives something else."""
-    if precision == FLOAT:
+    if is_float(precision):
         file.add(f"{product}.weight", weight.T)
         return
     if precision.rotated:

@@ -14,7 +14,7 @@ from compress.checkpoint import Checkpoint, CheckpointError, Floats
 from compress.constants import write_embedding, write_final_norm, write_head, write_layer, write_positions
 from compress.families import Decoder, describe
 from compress.native import NativeGraph, has_native_form
-from compress.precisions import PRECISIONS, name_of, precision_of
+from compress.precisions import DTYPES, PRECISIONS, float_type, name_of, precision_of
 from compress.stock import ACTIVATIONS, StockGraph
 from compress.treatment import Treat, leave
 from compress.weight_file import WeightFile
@@ -49,7 +49,7 @@ def build(
     weights = Weights(checkpoint, decoder, {})
     kv_scales: list[tuple[Floats, Floats]] = []
     accuracy_levels: dict[str, int] = {}
-    with WeightFile(directory) as file:
+    with WeightFile(directory, DTYPES[float_type(recipe.default)]) as file:
         write_positions(file, decoder, weights, limit)
         write_embedding(file, decoder, weights, recipe)
         for layer in tqdm(range(decoder.num_layers), desc=recipe.name, unit="layer", disable=None):
@@ -78,5 +78,9 @@ def check_recipe(recipe: Recipe, decoder: Decoder) -> None:
         if precision not in PRECISIONS:
             offered = ", ".join(dict.fromkeys(map(name_of, PRECISIONS)))
             raise ValueError(f"recipe {recipe.name} gives {name} {name_of(precision)}; there are {offered}")
+        if float_type(precision) != (floats := float_type(recipe.default)):
+            raise ValueError(
+                f"recipe {recipe.name} gives {name} {name_of(precision)} beside {floats}: use one float type"
+            )
     if decoder.tied and precision_of(recipe, "head").weight_bits == 4:
         raise ValueError(f"recipe {recipe.name} gives the head 4-bit weights, which are the embedding too: give it 8")

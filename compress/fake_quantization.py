@@ -21,11 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.checkpoint import Floats
-from compress.constants import Rounded, meant
+from compress.constants import Rounded, is_float_embedding, meant
 from compress.families import Decoder
 from compress.levels import LEVELS, TINY, Weight4, Weight8, round_to_nearest
 from compress.packing import DEPTH
-from compress.precisions import FLOAT, W8A8, precision_of
+from compress.precisions import W8A8, is_float, precision_of
 from compress.rotation import MATRIX, rotate
 from compress.weights import Tensors, Weights
 from proto.manifest import Precision, Recipe
@@ -165,7 +165,7 @@ def fake_quantize(
             made = _products(weights.product(layer, role), rounded.get(product), precision, _sizes(network, names))
             for name, part in zip(names, made, strict=True):
                 network.set_submodule(name, part)
-            if precision != FLOAT:
+            if not is_float(precision):
                 trained[product] = [part for part in made if isinstance(part, FakeLinear)]
     _fake_ends(network, decoder, recipe, weights, rounded.get("head"))
     if int8_cache:
@@ -224,7 +224,7 @@ def _fake_ends(
         if decoder.tied:
             looked_up = rotate(matrix)[:, : decoder.hidden_size] if precision.rotated else matrix
             embedding.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(looked_up)), requires_grad=False)
-    if not decoder.tied and recipe.default != FLOAT:
+    if not decoder.tied and not is_float_embedding(recipe):
         _fill(embedding, meant(round_to_nearest(weights.embedding()), W8A8))
 
 

@@ -41,9 +41,9 @@ class GraphBuilder:
         self._outputs.append(_value_info(name, dtype, shape))
         return name
 
-    def constant(self, name: str, array: NDArray[Any]) -> str:
-        """Add a constant that this graph alone needs."""
-        self.weights.add(name, array)
+    def constant(self, name: str, array: NDArray[Any], *, as_it_is: bool = False) -> str:
+        """Add a constant that this graph alone needs; `as_it_is`: float32 stays, whatever the graph's floats."""
+        self.weights.add(name, array, as_it_is=as_it_is)
         return name
 
     def shared(self, name: str, array: NDArray[Any]) -> str:

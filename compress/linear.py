@@ -15,7 +15,7 @@ from compress.graph import MICROSOFT, GraphBuilder
 from compress.levels import LEVELS, TINY
 from compress.operands import Operand
 from compress.packing import DEPTH, pad
-from compress.precisions import FLOAT
+from compress.precisions import is_float
 from compress.rotation import MATRIX
 from proto.manifest import Precision
 
@@ -32,7 +32,7 @@ def multiply(
 ) -> str:
     """x [..., K] times a weight of the shape [N, K] -> [..., N], without the bias; named as the product by default."""
     output = output or name
-    if precision == FLOAT:
+    if is_float(precision):
         return graph.node("MatMul", [x, operand.weight], output)
     num_outputs, num_inputs = shape
     if precision.rotated:

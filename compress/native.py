@@ -31,7 +31,7 @@ ACTIVATIONS: Mapping[tuple[str, bool], int] = {
 def has_native_form(decoder: Decoder, recipe: Recipe) -> bool:
     """Whether all operands are integers, the embedding's too, and the operators know the activation."""
     precisions = [recipe.default, *(precision_of(recipe, product) for product in decoder.products)]
-    is_integer = all(precision.weight_bits < 32 and precision.activation_bits < 32 for precision in precisions)
+    is_integer = all(precision.weight_bits < 16 and precision.activation_bits == 8 for precision in precisions)
     return is_integer and (decoder.activation, decoder.family.gated) in ACTIVATIONS
 
 

@@ -16,28 +16,31 @@ from onnx import TensorProto
 from compress.graph import GraphBuilder
 from compress.levels import STEPS, TOP
 from compress.packing import DEPTH, TILE, pad
-from compress.precisions import FLOAT, is_weight_only
+from compress.precisions import float_type, is_float, is_weight_only
 from proto.manifest import Precision
 
 COLUMNS = (1, 3, 0, 2)  # of a tiled weight [B, C, 16, 4]: [K, N]
 ROWS = (0, 2, 1, 3)  # [N, K]
 FOUR = np.array(4, np.uint8)  # bits of half a byte
+SCALES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}  # what float16 scales become
 
 
 class Operand(NamedTuple):
     """Names of the values that a stock product reads; "" for those that its precision does not have."""
 
-    weight: str  # float32 [K, N]; int8 [K, N]; or uint8 [N, groups, group * bits / 8]
-    scale: str = ""  # float32 [N] or [N, groups]
+    weight: str  # float [K, N]; int8 [K, N]; or uint8 [N, groups, group * bits / 8]
+    scale: str = ""  # float [N] or [N, groups], of the type of the activations
     zero: str = ""  # uint8 [N, ceil(groups * bits / 8)]: of 4 bits, two in a byte
 
 
 def load(graph: GraphBuilder, name: str, precision: Precision, shape: tuple[int, int], parts: int = 1) -> Operand:
     """The stored weight [N, K] of a product, or of the padded K where it is rotated. Call it once for each."""
-    if precision == FLOAT:
+    if is_float(precision):
         return Operand(f"{name}.weight")
     if is_weight_only(precision):
-        scale = graph.node("Cast", [f"{name}.scale"], f"{name}.scale.float", to=TensorProto.FLOAT)
+        scale = f"{name}.scale"
+        if (floats := float_type(precision)) != "fp16":
+            scale = graph.node("Cast", [scale], f"{scale}.float", to=SCALES[floats])
         return Operand(f"{name}.weight", scale, f"{name}.zero")
     num_outputs, num_inputs = shape
     if precision.rotated:

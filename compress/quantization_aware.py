@@ -21,7 +21,7 @@ from compress.constants import Rounded, round_weight
 from compress.fake_quantization import fake_quantize, levels_of
 from compress.families import Decoder
 from compress.native import has_native_form
-from compress.precisions import FLOAT, precision_of
+from compress.precisions import is_float, precision_of
 from compress.rotation import rotate
 from compress.treatment import Treat
 from compress.weights import Weights
@@ -64,7 +64,7 @@ def distill_levels(
         weights = Weights(checkpoint, decoder, treatment.scales)
         for product in products_of(decoder, layer):
             precision = precision_of(recipe, product)
-            if precision != FLOAT:
+            if not is_float(precision):
                 weight = product_weight(decoder, weights, product)
                 weight = rotate(weight) if precision.rotated else weight
                 rounded[product] = round_weight(product, weight, precision, treatment.hook)

@@ -7,7 +7,6 @@ exists is whole, and a failed gate publishes nothing.
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -32,18 +32,18 @@ from compress.constants import Rounded, WeightHook
 from compress.corpus import Corpus, cut_windows, make_corpus, shuffled, sides_of
 from compress.decoder import build
 from compress.families import Decoder, describe
-from compress.gate import Evidence, examine, judge
-from compress.precisions import FLOAT, is_weight_only, precision_of
+from compress.gate import Evidence, examine
+from compress.precisions import is_float, is_weight_only, precision_of
 from compress.product_errors import ErrorMeter
-from compress.recipes import make_recipe
+from compress.recipes import RECIPES_OF, cache_type, check_target, make_recipe
 from compress.reference import Reference
 from compress.report import write_report
 from compress.rotation import rotate
 from compress.rounding import round_by_group_compensating, round_compensating
 from compress.runners import forms_here, open_streams
 from compress.smoothing import balance_layer
-from compress.summary import limited_figures
 from compress.treatment import Treat, Treatment, leave
+from compress.verdict import can_judge, pass_judgement
 from compress.weights import Weights
 from proto.manifest import (
     FORMAT_VERSION,
@@ -55,6 +55,7 @@ from proto.manifest import (
     Lineage,
     Manifest,
     Recipe,
+    Target,
     encode,
     list_files,
 )
@@ -64,16 +65,13 @@ from train.folders import refuse_existing
 TOOLS = ("onnx", "onnxruntime", "numpy", "safetensors")
 
 
-class GateFailed(Exception):
-    """The artifact is worse than the thresholds allow; nothing was published."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Settings of `python -m compress quantize`, each default written here alone."""
 
-    recipe: str = "w8a8"
-    kv: KvCacheType = "int8"
+    target: Target = "cpu"
+    recipe: str = ""  # by default the target's first
+    kv: KvCacheType | Literal[""] = ""  # by default the recipe's: compress/recipes.py
     name: str = ""
     text: Path | None = None
     window: int = 512  # tokens of context in calibration and gate
@@ -82,10 +80,12 @@ class Options:
     distill_steps: int = 0  # of quantization-aware distillation; 0: none
     gate: str = ""  # limits; by default those of the recipe
     force: bool = False
+    ungated: bool = False
     measure: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that is too small."""
+        object.__setattr__(self, "recipe", self.recipe or RECIPES_OF[self.target][0])
         for name, least in (
             ("window", 2),
             ("calibration_windows", 1),
@@ -110,7 +110,10 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     if options.window > decoder.max_position:
         raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
     recipe = make_recipe(options.recipe, decoder)
-    if options.distill_steps and recipe.default == FLOAT:
+    check_target(recipe, options.target)
+    kv_cache = cache_type(options.kv, recipe)
+    is_judged = can_judge(recipe, ungated=options.ungated)
+    if options.distill_steps and is_float(recipe.default):
         raise ValueError(f"--distill-steps trains integer weights, and recipe {recipe.name} has none; leave it out")
     budget = parse(options.gate) if options.gate else default_budget(recipe)
     with artifact_folder(target) as artifact:
@@ -129,22 +132,17 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             trained |= distill(checkpoint, decoder, recipe, treat, tokenizer, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
         del treat
-        evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads)
-        gate = judge(evidence, budget, forced=options.force)
-        if bad := [name for name, value in gate.metrics.items() if not math.isfinite(value)]:
-            raise GateFailed(f"{bad[0]} is not a number, so nothing was published: the weights or the graph are broken")
-        if not gate.passed and not options.force:
-            found = limited_figures(gate)
-            raise GateFailed(f"the gate failed and nothing was published: {found}; --force publishes anyway")
-        if options.measure:
+        evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads) if is_judged else None
+        gate = None if evidence is None else pass_judgement(evidence, budget, forced=options.force)
+        if gate and evidence and options.measure and options.target == "cpu":
             gate = with_serving(gate, artifact, architecture, evidence.scores, threads)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name or target.name,
             architecture=architecture,
             recipe=recipe,
-            kv_cache=options.kv,
-            target="cpu",
+            kv_cache=kv_cache,
+            target=options.target,
             files={},
             lineage=Lineage(
                 checkpoint=checkpoint.digest,
@@ -155,7 +153,8 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             ),
             gate=gate,
         )
-        write_report(artifact, manifest, gate, evidence, decoder, meter.errors)
+        if gate and evidence:
+            write_report(artifact, manifest, gate, evidence, decoder, meter.errors)
         manifest = msgspec.structs.replace(manifest, files=list_files(artifact))
         (artifact / MANIFEST).write_bytes(encode(manifest))
     return manifest
@@ -185,7 +184,7 @@ def make_treat(
 
     Products that are in `trained` when they are rounded are taken from there.
     """
-    rounds, int8_caches = recipe.default != FLOAT, options.kv == "int8"
+    rounds, int8_caches = not is_float(recipe.default), cache_type(options.kv, recipe) == "int8"
     if not rounds and not int8_caches:
         return leave
     walk = Calibration(checkpoint, decoder, calibration.windows, threads=threads)

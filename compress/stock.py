@@ -7,8 +7,10 @@
 
 Inputs: `input_ids` int64 [batch, sequence]; `seqlens_k` int32 [batch], each row's length after this step minus 1;
 `total_sequence_length` int32 [], the largest length; `logits_rows` int64 [rows], indices into batch * sequence; and
-by layer `key_cache.{i}`, `value_cache.{i}` [batch, kv_heads, capacity, head_size], float32 or int8.
-Outputs: `logits`, `hidden`, and `key_cache_out.{i}`, `value_cache_out.{i}`, to be bound to the inputs' memory.
+by layer `key_cache.{i}`, `value_cache.{i}` [batch, kv_heads, capacity, head_size], int8 or of the activations' type,
+which is float32 or, on CUDA, of 16 bits.
+Outputs: `logits`, `hidden`, both float32, and `key_cache_out.{i}`, `value_cache_out.{i}`, to be bound to the inputs'
+memory.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from types import MappingProxyType
 import numpy as np
 from onnx import TensorProto
 
-from compress.accuracy_levels import INT8_PRODUCT
+from compress.accuracy_levels import FLOAT_PRODUCT, INT8_PRODUCT
 from compress.checkpoint import Floats
+from compress.constants import is_float_embedding
 from compress.families import Decoder
 from compress.graph import MICROSOFT, GraphBuilder
 from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
 from compress.packing import DEPTH, pad
-from compress.precisions import FLOAT, is_weight_only, precision_of
+from compress.precisions import float_type, is_float, is_weight_only, precision_of
 from compress.weight_file import WeightStore
 from proto.manifest import GRAPH, Precision, Recipe
 
@@ -54,6 +57,7 @@ class StockGraph:
         accuracy_levels: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.graph = GraphBuilder(weights)
+        self.floats = weights.floats
         self.decoder = decoder
         self.recipe = recipe
         self.kv_scales = kv_scales
@@ -96,8 +100,8 @@ class StockGraph:
     def _embed(self, head: Operand) -> str:
         """The residual stream's start [batch, sequence, hidden]."""
         g, d = self.graph, self.decoder
-        precision = precision_of(self.recipe, "head") if d.tied else self.recipe.default
-        if precision == FLOAT:
+        precision = precision_of(self.recipe, "head")
+        if is_float(precision) if d.tied else is_float_embedding(self.recipe):
             x = g.node("Gather", ["head.weight" if d.tied else "embedding.weight", "input_ids"], "embedding")
         elif d.tied and is_weight_only(precision):
             x = self._gather_blocks(head, precision)
@@ -151,19 +155,21 @@ class StockGraph:
     def _add_positions(self, x: str) -> str:
         """Add the learned embeddings of positions past + 0, past + 1, ...; past = seqlens_k + 1 - sequence.
 
-        In a first prompt that is padded on the right the rows are shorter than the sequence and past is 0.
+        In a first prompt that is padded on the right the rows are shorter than the sequence and past is 0. The sequence
+        is counted, not asked of a shape: shapes are computed on the host, and a CUDA graph has no host.
         """
         g = self.graph
         one, zero = g.shared("one", np.array(1, np.int64)), g.shared("zero", np.array(0, np.int64))
         axis = g.shared("axis.1", np.array([1], np.int64))
-        shape = g.node("Shape", ["input_ids"], "positions.shape")
-        sequence = g.node("Gather", [shape, one], "positions.sequence")
-        length = g.node(
-            "Add", [g.node("Cast", ["seqlens_k"], "positions.last", to=TensorProto.INT64), one], "positions.length"
-        )
+        each = g.node("Equal", ["input_ids", "input_ids"], "positions.each")
+        ones = g.node("Cast", [each], "positions.ones", to=TensorProto.INT64)
+        count = g.node("CumSum", [ones, g.shared("axis.one", np.array(1, np.int64))], "positions.count")
+        sequence = g.node("ReduceSum", [ones, axis], "positions.sequence", keepdims=1)
+        last = g.node("Cast", ["seqlens_k"], "positions.last", to=TensorProto.INT64)
+        length = g.node("Add", [g.node("Unsqueeze", [last, axis], "positions.column"), one], "positions.length")
         past = g.node("Max", [g.node("Sub", [length, sequence], "positions.before"), zero], "positions.past")
-        steps = g.node("Range", [zero, sequence, one], "positions.steps")
-        index = g.node("Add", [g.node("Unsqueeze", [past, axis], "positions.start"), steps], "positions.index")
+        end = g.node("Add", [past, count], "positions.end")
+        index = g.node("Sub", [end, one], "positions.index")
         return g.node("Add", [x, g.node("Gather", ["positions.weight", index], "positions")], "embedding.positioned")
 
     def _product(self, layer: int, role: str, x: str) -> tuple[str, str]:
@@ -173,7 +179,8 @@ class StockGraph:
         precision, shape = precision_of(self.recipe, name), d.shape(role)
         self.product_inputs[name] = x
         operand = load(g, name, precision, shape, d.parts(role))
-        level = self.accuracy_levels.get(name, INT8_PRODUCT)
+        coarsest = INT8_PRODUCT if float_type(precision) == "fp32" else FLOAT_PRODUCT
+        level = self.accuracy_levels.get(name, coarsest)
         y = multiply(g, name, x, operand, precision, shape, accuracy_level=level)
         return y, g.stored(f"{name}.bias")
 
@@ -204,7 +211,7 @@ class StockGraph:
         caches = []
         for kind in ("key", "value"):
             shape: list[int | str] = ["batch", d.num_kv_heads, "capacity", d.head_size]
-            dtype = np.int8 if self.kv_scales else np.float32
+            dtype = np.dtype(np.int8) if self.kv_scales else self.floats
             caches.append(g.input(f"{kind}_cache.{layer}", dtype, shape))
             g.output(f"{kind}_cache_out.{layer}", dtype, shape)
         heads = self._norm_heads(layer, qkv) if d.family.q_norm else [qkv, "", ""]
@@ -220,7 +227,8 @@ class StockGraph:
             for kind, scale in zip("kv", self.kv_scales[layer], strict=True):
                 by_channel = scale.size > 1
                 shape_of_scale = (1, d.num_kv_heads, 1, d.head_size) if by_channel else (1,)
-                inputs.append(g.constant(f"layers.{layer}.{kind}_scale", scale.reshape(shape_of_scale)))
+                scale = scale.reshape(shape_of_scale)
+                inputs.append(g.constant(f"layers.{layer}.{kind}_scale", scale, as_it_is=True))
                 attributes[f"{kind}_quant_type"] = "PER_CHANNEL" if by_channel else "PER_TENSOR"
             attributes["kv_cache_bit_width"] = 8
         outputs = [f"layers.{layer}.attention", f"key_cache_out.{layer}", f"value_cache_out.{layer}"]
@@ -262,10 +270,16 @@ class StockGraph:
         g.output("hidden", np.float32, ["rows", d.hidden_size])
         rows = g.constant("hidden.shape", np.array([-1, d.hidden_size], np.int64))
         flat = g.node("Reshape", [normed, rows], "hidden.flat")  # [batch * sequence, hidden]
-        hidden = g.node("Gather", [flat, "logits_rows"], "hidden")
-        self.product_inputs["head"] = hidden
         precision = precision_of(self.recipe, "head")
-        if d.tied and precision == FLOAT:  # the embedding's [vocab, hidden], stored once
-            g.node("Gemm", [hidden, "head.weight"], "logits", transB=1)
+        is_half = self.floats != np.float32
+        hidden, logits = (f"{name}.half" if is_half else name for name in ("hidden", "logits"))
+        g.node("Gather", [flat, "logits_rows"], hidden)
+        self.product_inputs["head"] = hidden
+        if d.tied and is_float(precision):  # the embedding's [vocab, hidden], stored once
+            g.node("Gemm", [hidden, "head.weight"], logits, transB=1)
         else:
-            multiply(g, "head", hidden, operand, precision, d.shape("head"), output="logits")
+            level = FLOAT_PRODUCT if is_half else INT8_PRODUCT
+            multiply(g, "head", hidden, operand, precision, d.shape("head"), output=logits, accuracy_level=level)
+        if is_half:
+            for name in ("hidden", "logits"):
+                g.node("Cast", [f"{name}.half"], name, to=TensorProto.FLOAT)

@@ -27,6 +27,8 @@ def summarize(manifest: Manifest) -> str:
             f"{cost.streams} streams, {cost.resident_bytes >> 20} MiB resident, on {gate.machine}"
             for form, cost in gate.serving.items()
         ]
+    else:
+        lines.append("  NOT judged by the gate")
     for product, p in sorted(manifest.recipe.products.items()):
         lines.append(f"    {product:24} {name_of(p)}")
     return "\n".join(lines)

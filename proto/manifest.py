@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,9 @@ REPORT = "report.html"  # how it was judged, for people
 
 Count = Annotated[int, Meta(ge=1)]
 Form = Literal["native", "stock"]  # which graph runs
-KvCacheType = Literal["fp32", "int8"]
+KvCacheType = Literal["fp32", "fp16", "bf16", "int8"]
+Target = Literal["cpu", "cuda"]  # where the graph is to run
+BYTES_OF: Mapping[KvCacheType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a cached value
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -56,17 +58,19 @@ class Architecture(_Part, frozen=True):
 
 
 class Precision(_Part, frozen=True, omit_defaults=True):
-    """How one product's operands are held: bits of weights and of activations (32: float)."""
+    """How one product's operands are held: bits of weights and of activations (16 and 32: float)."""
 
-    weight_bits: Literal[4, 8, 32]
-    activation_bits: Literal[8, 16, 32]  # 16: artifacts made before there was rotation
+    weight_bits: Literal[4, 8, 16, 32]
+    activation_bits: Literal[8, 16, 32]  # 16 beside weights of 8 without groups: integers, before there was rotation
     group: Literal[0, 32, 64, 128] = 0  # neighbouring inputs that share a scale of the weight; 0: a row has one scale
     rotated: bool = False  # the inputs, and the weight's columns, are rotated before they are rounded (docs/native.md)
+    bfloat: bool = False  # floats of 16 bits are bfloat16, not float16
 
     def __post_init__(self) -> None:
         """Raises ValueError if a 4-bit or a weight-only product has no groups, or another one has."""
-        has_groups = self.weight_bits == 4 or (self.weight_bits == 8 and self.activation_bits == 32)
-        if has_groups != (self.group > 0):
+        needs = self.weight_bits == 4 or (self.weight_bits == 8 and self.activation_bits == 32)
+        may = needs or (self.weight_bits == 8 and self.activation_bits == 16)
+        if not needs <= (self.group > 0) <= may:
             raise ValueError(
                 f"weights of {self.weight_bits} bits beside activations of {self.activation_bits}, with groups of "
                 f"{self.group}: 4-bit and weight-only products need groups of 32, 64 or 128, others have none (0)"
@@ -137,7 +141,7 @@ class Manifest(_Part, frozen=True):
     architecture: Architecture
     recipe: Recipe
     kv_cache: KvCacheType
-    target: Literal["cpu"]
+    target: Target
     files: dict[str, FileEntry]
     lineage: Lineage
     gate: GateReport | None = None
@@ -150,7 +154,7 @@ class Manifest(_Part, frozen=True):
     @property
     def kv_bytes_per_token(self) -> int:
         a = self.architecture
-        return 2 * a.num_layers * a.num_kv_heads * a.head_size * (1 if self.kv_cache == "int8" else 4)
+        return 2 * a.num_layers * a.num_kv_heads * a.head_size * BYTES_OF[self.kv_cache]
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -94,8 +94,13 @@ class NativeForm:
 def pick(wanted: str, manifest: Manifest) -> Form:
     """The form named by `wanted`, "native" or "stock", or the fastest there is ("auto").
 
-    Raises SettingsError if there is no native form and it was asked for.
+    Raises SettingsError if there is no native form and it was asked for, or the artifact is not for CPUs.
     """
+    if manifest.target != "cpu":
+        raise SettingsError(
+            f"{manifest.name} was made for {manifest.target} and this server runs on the CPU; make one with "
+            "`python -m compress quantize --target cpu`"
+        )
     if wanted == "stock":
         return StockForm("stock graph: --form stock")
     try:

@@ -23,6 +23,7 @@ from proto.manifest import GRAPH, Architecture
 from serve.plan import Copy, Output, Plan, Segment
 
 Array = NDArray[np.generic]
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}  # of caches
 
 
 def open_session(
@@ -57,7 +58,7 @@ class StockRunner:
         self._session = session
         a = architecture
         kv_type = next(i.type for i in session.get_inputs() if i.name == "key_cache.0")
-        kv_dtype = np.dtype(np.int8 if "int8" in kv_type else np.float32)
+        kv_dtype = DTYPES[kv_type]
         shape = (num_slots, a.num_kv_heads, capacity, a.head_size)
         self._names = [f"{kind}_cache{{}}.{i}" for i in range(a.num_layers) for kind in ("key", "value")]
         self._caches = [np.zeros(shape, kv_dtype) for _ in self._names]  # pages become resident when first written
