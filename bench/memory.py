@@ -32,7 +32,7 @@ from compress.decoder import build
 from compress.families import describe
 from compress.product_errors import ErrorMeter
 from compress.quantize import Options, corpora, examine_artifact, make_treat
-from compress.recipes import make_recipe
+from compress.recipes import RECIPES_OF, make_recipe
 from compress.reference import Reference
 from proto.manifest import TOKENIZER
 from serve.machine import cpu_quota
@@ -117,7 +117,7 @@ def main() -> int:
         "--tokenizer", type=Path, default=Path("models/base"), help="whose to take (default: %(default)s)"
     )
     parser.add_argument("--folder", type=Path, help="where to write checkpoints (default: the system's for such)")
-    parser.add_argument("--recipe", default=Options().recipe, help="(default: %(default)s)")
+    parser.add_argument("--recipe", default=RECIPES_OF["cpu"][0], help="(default: %(default)s)")
     parser.add_argument("--held-out-windows", type=int, default=4, help="(default: %(default)s)")
     args = parser.parse_args()
     options = Options(recipe=args.recipe, held_out_windows=args.held_out_windows, force=True)

@@ -85,7 +85,6 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that is too small."""
-        object.__setattr__(self, "recipe", self.recipe or RECIPES_OF[self.target][0])
         for name, least in (
             ("window", 2),
             ("calibration_windows", 1),
@@ -109,7 +108,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     decoder = describe(checkpoint)
     if options.window > decoder.max_position:
         raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
-    recipe = make_recipe(options.recipe, decoder)
+    recipe = make_recipe(options.recipe or RECIPES_OF[options.target][0], decoder)
     check_target(recipe, options.target)
     kv_cache = cache_type(options.kv, recipe)
     is_judged = can_judge(recipe, ungated=options.ungated)

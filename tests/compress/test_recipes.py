@@ -66,5 +66,7 @@ def test_what_is_no_recipe_is_refused(content: bytes, decoder: Decoder, tmp_path
 def test_a_missing_file_and_an_unknown_name_are_told(decoder: Decoder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no recipe file .*none.json; `search` writes one"):
         make_recipe(str(tmp_path / "none.json"), decoder)
-    with pytest.raises(ValueError, match=r"unknown recipe 'int3'; there are .*, w8, w4, or give a \.json file"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'int3'; there are .*, w8, w4, fp16, .*, or give a \.json file"
+    ):
         make_recipe("int3", decoder)
