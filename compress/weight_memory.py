@@ -26,6 +26,7 @@ class WeightMemory(WeightStore):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # numpy computes between the runs
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # what a run needed is given back when it ends
         options.enable_mem_pattern = False
