@@ -111,9 +111,10 @@ def retrain(options: Options) -> int:
             say(f"cycle {last.number} is abandoned: {why}")
             last.end("abandoned", why)
             last = None
+        if last is None and state.candidate:
+            print(f"version {state.candidate[:12]} is on trial: nothing is done until it is promoted or rejected")
+            return leave_figures(options, 0)
         if last is None:
-            if state.candidate:
-                raise DeployError(f"version {state.candidate[:12]} is on trial; let it be promoted or rejected first")
             last = Turn(options.work / f"{len(turns) + 1:04}")
         start = Start(
             number=last.number,
@@ -132,10 +133,14 @@ def retrain(options: Options) -> int:
             lock=lock,
             say=say,
         )
-        status = conclude(last, cycle.run(start, frozen), registry)
-        if options.textfile is not None:
-            textfile.write(options.textfile, as_metrics(find_turns(options.work), VERDICT))
-        return status
+        return leave_figures(options, conclude(last, cycle.run(start, frozen), registry))
+
+
+def leave_figures(options: Options, status: int) -> int:
+    """For node_exporter, if asked; gives the exit status that it was given."""
+    if options.textfile is not None:
+        textfile.write(options.textfile, as_metrics(find_turns(options.work), VERDICT))
+    return status
 
 
 def find_turns(work: Path) -> list[Turn]:

@@ -113,10 +113,14 @@ def test_feedback_becomes_a_candidate_on_trial(undisturbed: Path) -> None:
     assert all(f'pawl_retrain_stage_seconds{{stage="{stage}"}}' in told for stage in STAGES[1:])
 
 
-def test_a_finished_cycle_is_not_repeated(undisturbed: Path, make_root: Callable[..., Path]) -> None:
+def test_a_finished_cycle_is_not_repeated(
+    undisturbed: Path, make_root: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_root("root", undisturbed)
-    with pytest.raises(DeployError, match="is on trial; let it be promoted or rejected first"):
-        run_cycle(root)
+    (root / "retrain.prom").unlink()
+    assert run_cycle(root) == 0
+    assert "is on trial: nothing is done until it is promoted or rejected" in capsys.readouterr().out
+    assert (root / "retrain.prom").exists()  # so that nobody is told that retraining has stopped
     registry = Registry(str(root / "registry"))
     registry.move("promote", registry.resolve("candidate"), by="ann", why="good")
     assert run_cycle(root) == 0  # nothing was said since
