@@ -47,9 +47,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("models/base"), help="(default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/pruning"), help="(default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the parameters (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=90, help="of distilling (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="of distilling (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, help="(default: %(default)s)")
     parser.add_argument("--no-speed", dest="timed", action="store_false", help="do not quantize and time")
     return parser.parse_args()
 
@@ -126,7 +126,7 @@ def main() -> int:
         *("train", "run", pruned, "-o", run, "--objective", "distill", "--teacher", args.checkpoint),
         *("--teacher-precision", "float32", "--data", output / "learn.jsonl"),
         *("--held-out", output / "held-out.jsonl", "--context", str(CONTEXT), "--batch", str(args.batch)),
-        *("--steps", str(args.steps), "--learning-rate", str(args.learning_rate), "--eval-rows", "16"),
+        *("--steps", str(args.steps), "--learning-rate", str(args.learning_rate), "--eval-rows", "8"),
     )
     before, (cut, healed) = perplexities(args.checkpoint, [pruned, run / "model"])
     curve = learning_curve(run)
