@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Run:
     processor: float
 
 
-async def drive(port: int, requests: list[bytes], concurrency: int) -> Run:
+async def drive(port: int, requests: Iterable[bytes], concurrency: int) -> Run:
     """Every request once, `concurrency` at a time."""
     remaining: Iterator[bytes] = iter(requests)
     exchanges: list[Exchange] = []

@@ -98,14 +98,14 @@ class Server:
     def _wait(self, deadline: float) -> None:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerError(f"{self.name} exited with {self._process.returncode}: {self._last_output()}")
+                raise ServerError(f"{self.name} exited with {self._process.returncode}: {self.last_output()}")
             try:
                 if self._answers():
                     return
             except (OSError, http.client.HTTPException):
                 pass
             time.sleep(POLL_SECONDS)
-        raise ServerError(f"{self.name} did not answer within {START_SECONDS:g} s: {self._last_output()}")
+        raise ServerError(f"{self.name} did not answer within {START_SECONDS:g} s: {self.last_output()}")
 
     def _answers(self) -> bool:
         """True once one request was answered; notes the model's name on the way."""
@@ -123,7 +123,7 @@ class Server:
         finally:
             connection.close()
 
-    def _last_output(self) -> str:
+    def last_output(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "retrain": ("deploy.retrain", "from feedback to a candidate on trial: go on with the cycle, or begin one"),
     "lineage": ("deploy.ancestry", "what a version was made from, down to what people said"),
     "verify": ("deploy.commands", "check versions' digests and signatures, and the pointers"),
+    "plan": ("deploy.capacity", "how many replicas a stream of requests needs, and what they cost"),
     "render": ("deploy.render", "print the Kubernetes manifests of an overlay, with components"),
     "check": ("deploy.check", "validate the manifests of all overlays with all combinations of components"),
     "image build": ("deploy.image", "build an image, and say what is in it"),
