@@ -24,7 +24,7 @@ run: serve/kernels/build/stamp $(MODEL)/manifest.json ## serve the default model
 test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debian package
 	$(PY) -m pytest -n 2 -m "not system"
 
-test-system: .venv/dev.stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
+test-system: .venv/dev.stamp .checkov/stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system
@@ -47,7 +47,7 @@ proto: .venv/dev.stamp ## generate the gRPC stubs from proto/inference.proto
 	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. proto/inference.proto
 
 clean: ## remove what can be made again: models, the native operators, caches, the virtual environment
-	rm -rf .venv models serve/kernels/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .checkov models serve/kernels/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: asked for beside others, pip may take a newer build with gigabytes of CUDA.
@@ -69,6 +69,12 @@ clean: ## remove what can be made again: models, the native operators, caches, t
 
 .venv/dev.stamp: .venv/deploy.stamp requirements/dev.txt
 	$(PIP) -r requirements/dev.txt
+	@touch $@
+
+# In an environment of its own: it pins many libraries that we have in other versions.
+.checkov/stamp: requirements/checkov.txt
+	$(PYTHON) -m venv .checkov
+	.checkov/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/checkov.txt
 	@touch $@
 
 # Without a compiler the server runs the stock graph and says so.

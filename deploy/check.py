@@ -16,6 +16,7 @@ from functools import cache
 import kubernetes_validate
 from tqdm import tqdm
 
+from deploy import checkov
 from deploy.assertions import ASSERTIONS, commands_are_understood
 from deploy.crds import validators
 from deploy.errors import DeployError
@@ -30,11 +31,13 @@ THREADS = 2  # kustomize is a process; more than the processors gain nothing
 class Check:
     together: int = option(2, "components that are combined: every set of so many and fewer, and all of them", least=0)
     kubernetes: str = option("1.37", "version whose schemas are applied")
+    checkov: str = option("", "program of checkov, to run its checks too")
 
 
 def command(options: Check) -> int:
     found: dict[str, list[str]] = {}
     cases = list(combinations(options.together))
+    number = len(cases)
 
     def judge(case: tuple[str, tuple[str, ...]]) -> list[str]:
         return problems_of(Manifests(render(*case)), options.kubernetes)
@@ -45,10 +48,18 @@ def command(options: Check) -> int:
         ):
             for text in problems:
                 found.setdefault(text, []).append(f"{overlay} with {', '.join(components)}")
-    if found:
-        raise DeployError("\n".join(f"{text} (in {len(where)}, first {where[0]})" for text, where in found.items()))
+    told = [f"{text} (in {len(where)}, first {where[0]})" for text, where in found.items()]
+    passed = 0
+    if options.checkov:
+        # A component's documents are the same whatever stands beside it: alone and all together say it all.
+        cases = list(combinations(0))
+        passed, more = checkov.problems(options.checkov, {"-".join((o, *c)): render(o, c) for o, c in cases})
+        told += more
+    if told:
+        raise DeployError("\n".join(told))
     print(
-        f"{len(cases)} renderings are as they must be, by Kubernetes {options.kubernetes}'s schemas and our assertions"
+        f"{number} renderings are as they must be, by Kubernetes {options.kubernetes}'s schemas and our assertions"
+        + (f", and {len(cases)} of them by {passed} checks of checkov" if passed else "")
     )
     return 0
 

@@ -131,7 +131,7 @@ def test_every_code_folder_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("name", REQUIREMENTS)
+@pytest.mark.parametrize("name", [*REQUIREMENTS, "checkov"])
 def test_requirements_are_pinned(name: str) -> None:
     lines = list(pins(name))
     assert lines

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from deploy.image_tools.sbom import bill, debian_packages, python_packages
 from serve.settings import parse_settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+STRICT_VALIDATOR = """
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read())
+print(error)
+sys.exit(error is not None)
+"""
 STATUS = """Package: libc6
 Status: install ok installed
 Architecture: amd64
@@ -101,6 +110,18 @@ def test_the_bill_lists_what_is_installed() -> None:
     assert len(set(purls)) == len(purls)
     assert bill(components[::-1]) == document
     assert bill(components[1:])["serialNumber"] != document["serialNumber"]
+
+
+@pytest.mark.system  # the library is one of checkov's, in the environment that only `make test-system` makes
+@pytest.mark.parametrize(("change", "told"), [({}, ""), ({"bomFormat": "SPDX"}, "'SPDX'"), ({"parts": []}, "'parts'")])
+def test_the_bill_is_as_cyclonedx_wants_it(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    site = Path(numpy.__file__).parent.parent
+    document = bill([*python_packages(site), *debian_packages(STATUS)]) | change
+    (tmp_path / "sbom.json").write_text(json.dumps(document))
+    words = [ROOT / ".checkov/bin/python", "-c", STRICT_VALIDATOR, tmp_path / "sbom.json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[-500:]) == (1 if told else 0, "")
+    assert told in done.stdout
 
 
 # -- the report -----------------------------------------------------------------------------------------------------

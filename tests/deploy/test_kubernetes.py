@@ -74,10 +74,17 @@ def test_all_components_together_are_as_they_must_be(everything: dict[str, str])
 @pytest.mark.timeout(1200)
 def test_every_combination_is_as_it_must_be() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "deploy", "check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "deploy", "check", "--checkov", ".checkov/bin/checkov"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout.split()[0]) == len(list(combinations(2))) > 300
+    passed = re.search(r"by (\d+) checks of checkov", done.stdout)
+    assert passed
+    assert int(passed[1]) > 2000
 
 
 def test_the_components_are_the_folders() -> None:
