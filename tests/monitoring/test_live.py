@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ MAY_BE_EMPTY = {
     "Drafts accepted": "the tiny model's text may foretell nothing, and stock operators draft nothing",
 }
 
-# The queries of vLLM's own dashboard (vllm-project/vllm, examples/observability/prometheus_grafana/grafana.json), by
-# their form; `{model_name="M"}` is how they choose a model.
+# The 27 queries of vLLM's own dashboard (vllm-project/vllm, examples/observability/prometheus_grafana/grafana.json of
+# commit 4b5c627c23e6690b8987100d1cbf78e34ac14bf9), by their form; `{model_name="M"}` is how they choose a model.
 CHOSEN = '{model_name="tiny"}'
 QUANTILES = ("e2e_request_latency_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds")
 SUMS = (
@@ -76,8 +77,12 @@ def test_every_panel_of_every_dashboard_has_data(live: tuple[Server, Prometheus]
 
 
 def test_vllms_queries_have_data(live: tuple[Server, Prometheus]) -> None:
+    """All of them, and the variable that Grafana offers the models by, `label_values(model_name)`."""
     _, prometheus = live
+    assert len(FORMS) == 27
     assert until(lambda: not empty(prometheus, FORMS))
+    with urllib.request.urlopen(f"{prometheus.url}/api/v1/label/model_name/values", timeout=30) as answer:
+        assert json.load(answer)["data"] == ["tiny"]
 
 
 def test_no_alert_fires_for_a_server_that_is_well(live: tuple[Server, Prometheus]) -> None:
