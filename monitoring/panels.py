@@ -145,5 +145,6 @@ def _common(
     for place, (legend, query) in enumerate(queries.items()):
         written = query.replace("{S}", f"{{{SERVERS}}}")
         target = prometheus.Dataquery().expr(written).legend_format(legend).ref_id(chr(ord("A") + place)).format(kind)
+        target.exemplar(kind is PromQueryFormat.HEATMAP)  # which requests they were, as dots among the buckets
         panel.with_target(target.datasource(SOURCE))
     return panel

@@ -123,13 +123,13 @@ class EngineMetrics:
         self._finished[request.finish_reason or "error"].inc()
         for slo, good in self.families.objectives.judge(request, now):
             self._judged(slo, good)
-        self._e2e.observe(now - request.arrival)
+        self._e2e.observe(now - request.arrival, request.id)
         self._request_prompt_tokens.observe(len(request.prompt))
         # Whoever has answered had its prompt computed, even if it lost that when it was put back into the queue.
         self._prompt_tokens.inc(len(request.prompt) if request.output else min(request.computed, len(request.prompt)))
         if request.first_scheduled is None:
             return
-        self._queue_time.observe(request.first_scheduled - request.arrival)
+        self._queue_time.observe(request.first_scheduled - request.arrival, request.id)
         if request.first_token is None or request.last_token is None:  # none was wanted, or ended in its prefill
             if not request.generates:
                 self._inference_time.observe(now - request.first_scheduled)
@@ -138,12 +138,12 @@ class EngineMetrics:
         self._generation_tokens.inc(min(num_tokens, 1))  # the first; `step_tokens` counts the others
         self._request_generation_tokens.observe(num_tokens)
         self._request_max_generation_tokens.observe(num_tokens)
-        self._ttft.observe(request.first_token - request.arrival)
+        self._ttft.observe(request.first_token - request.arrival, request.id)
         self._prefill_time.observe(request.first_token - request.first_scheduled)
         self._decode_time.observe(request.last_token - request.first_token)
         self._inference_time.observe(request.last_token - request.first_scheduled)
         if num_tokens > 1:
-            self._time_per_token.observe((request.last_token - request.first_token) / (num_tokens - 1))
+            self._time_per_token.observe((request.last_token - request.first_token) / (num_tokens - 1), request.id)
 
     # -- any thread ---------------------------------------------------------------------------------------------
 

@@ -5,25 +5,31 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from time import time
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 
 class Series:
-    """One histogram's counts."""
+    """One histogram's counts; for each bucket, the latest request that told its id."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(float(bound) for bound in bounds)
         self.edges = [floatToGoString(bound) for bound in (*self.bounds, "+Inf")]  # type: ignore[no-untyped-call]
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        self._exemplars: dict[int, Exemplar] = {}
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
+    def observe(self, value: float, request_id: str = "") -> None:
+        bucket = bisect_left(self.bounds, value)
+        self.counts[bucket] += 1
         self.sum += value
+        if request_id:
+            self._exemplars[bucket] = Exemplar({"request_id": request_id}, value, time())
 
     def observe_all(self, values: Sequence[float]) -> None:
         """Many values in one go: 0.2 us each."""
@@ -32,9 +38,13 @@ class Series:
             counts[bisect_left(bounds, value)] += 1
         self.sum += sum(values)
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as they are exposed."""
-        return list(zip(self.edges, accumulate(list(self.counts)), strict=True))
+    def buckets(self) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+        """Cumulative, as they are exposed: only OpenMetrics has room for exemplars."""
+        counts = zip(self.edges, accumulate(list(self.counts)), strict=True)
+        return [
+            (edge, count) if (exemplar := self._exemplars.get(bucket)) is None else (edge, count, exemplar)
+            for bucket, (edge, count) in enumerate(counts)
+        ]
 
 
 class Histogram(Collector):

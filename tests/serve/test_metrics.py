@@ -328,6 +328,32 @@ def test_openmetrics_when_asked(metrics: Metrics, engine: EngineMetrics) -> None
     assert metrics.render()[1].startswith("text/plain; version=0.0.4")
 
 
+def test_exemplars_tell_which_request_it_was(metrics: Metrics, engine: EngineMetrics) -> None:
+    before = time.time()
+    for id, first_token in (("chat-1", 100.6), ("chat-2", 100.61), ("chat-3", 102.0)):
+        one = request()
+        one.id, one.first_token = id, first_token
+        engine.request_finished(one, now=106.0)
+    body, _ = metrics.render("application/openmetrics-text;version=1.0.0")
+    found = {
+        (sample.name, sample.labels["le"]): sample.exemplar
+        for family in parse_openmetrics(body.decode())
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    ttft = {float(le): exemplar for (name, le), exemplar in found.items() if name.startswith("vllm:time_to_first")}
+    assert [exemplar.labels["request_id"] for _, exemplar in sorted(ttft.items())] == ["chat-2", "chat-3"]
+    assert all(exemplar.value <= le for le, exemplar in ttft.items())
+    assert all(before - 1 <= float(exemplar.timestamp) <= time.time() + 1 for exemplar in ttft.values())
+    assert {name.removesuffix("_bucket") for name, _ in found} == {
+        "vllm:time_to_first_token_seconds",
+        "vllm:e2e_request_latency_seconds",
+        "vllm:request_queue_time_seconds",
+        "vllm:request_time_per_output_token_seconds",
+    }
+    assert b"chat-1" not in metrics.render()[0]  # Prometheus' own text has no room for them
+
+
 def test_each_version_counts_for_itself_and_the_gauges_for_all(metrics: Metrics, engine: EngineMetrics) -> None:
     other = metrics.engine(manifest("1"), choices(num_blocks=48))
     first, second = manifest().digest[:12], manifest("1").digest[:12]
