@@ -9,6 +9,7 @@ from pathlib import Path
 
 from proto.manifest import NATIVE_GRAPH, Architecture, Form
 from serve.block_cache import blocks_for
+from serve.device_runner import DeviceRunner
 from serve.native import NativeUnavailable, library
 from serve.native_runner import NativeRunner
 from serve.plan import Runner
@@ -42,6 +43,9 @@ def open_streams(
     """Open one form of the artifact, with a cache that holds `streams` sequences of `capacity` tokens."""
     if form == "stock":
         session = open_session(directory, threads)
+        if "temperature" in {value.name for value in session.get_inputs()}:  # an artifact for CUDA
+            device = DeviceRunner(session, architecture, num_slots=streams, capacity=capacity, max_rows=capacity)
+            return Streams(device, [[slot] for slot in range(streams)], capacity)
         stock = StockRunner(session, architecture, num_slots=streams, capacity=capacity, max_rows=capacity)
         return Streams(stock, [[slot] for slot in range(streams)], capacity)
     width = blocks_for(capacity)

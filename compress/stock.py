@@ -8,7 +8,7 @@
 Inputs: `input_ids` int64 [batch, sequence]; `seqlens_k` int32 [batch], each row's length after this step minus 1;
 `total_sequence_length` int32 [], the largest length; `logits_rows` int64 [rows], indices into batch * sequence; and
 by layer `key_cache.{i}`, `value_cache.{i}` [batch, kv_heads, capacity, head_size], int8 or of the activations' type,
-which is float32 or, on CUDA, of 16 bits.
+which is float32 or, for CUDA, of 16 bits. The graph for CUDA chooses too: compress/selection.py has what that adds.
 Outputs: `logits`, `hidden`, both float32, and `key_cache_out.{i}`, `value_cache_out.{i}`, to be bound to the inputs'
 memory.
 """
@@ -31,6 +31,7 @@ from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
 from compress.packing import DEPTH, pad
 from compress.precisions import float_type, is_float, is_weight_only, precision_of
+from compress.selection import select
 from compress.weight_file import WeightStore
 from proto.manifest import GRAPH, Precision, Recipe
 
@@ -164,7 +165,8 @@ class StockGraph:
         each = g.node("Equal", ["input_ids", "input_ids"], "positions.each")
         ones = g.node("Cast", [each], "positions.ones", to=TensorProto.INT64)
         count = g.node("CumSum", [ones, g.shared("axis.one", np.array(1, np.int64))], "positions.count")
-        sequence = g.node("ReduceSum", [ones, axis], "positions.sequence", keepdims=1)
+        ends = (g.shared(f"axis.{name}", np.array([at], np.int64)) for name, at in (("last", -1), ("end", 2**31)))
+        sequence = g.node("Slice", [count, *ends, axis], "positions.sequence")
         last = g.node("Cast", ["seqlens_k"], "positions.last", to=TensorProto.INT64)
         length = g.node("Add", [g.node("Unsqueeze", [last, axis], "positions.column"), one], "positions.length")
         past = g.node("Max", [g.node("Sub", [length, sequence], "positions.before"), zero], "positions.past")
@@ -283,3 +285,4 @@ class StockGraph:
         if is_half:
             for name in ("hidden", "logits"):
                 g.node("Cast", [f"{name}.half"], name, to=TensorProto.FLOAT)
+            select(g, d.vocab_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proto.manifest import Manifest
+from serve.device_memory import CURE, devices_of, free_bytes
 from serve.machine import available_bytes, cpu_quota
 from serve.settings import Settings
 
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from serve.forms import Form
 
 MIB = 1 << 20
-MAX_SLOTS = 32  # more requests at once slow each one down without more tokens in total
 MAX_CONTEXT = 2048
 MAX_KV_MIB = 1024
 KV_SHARE_OF_FREE = 4  # take at most 1/4 of free memory
+KV_SHARE_OF_GPU = 2  # whose memory is for the model alone
 
 
 class SettingsError(Exception):
@@ -49,9 +50,20 @@ class Choices:
 
 
 def kv_budget(settings: Settings) -> int:
-    """Bytes of one version's KV cache. With a registry two versions are served at once, each from half the budget."""
+    """Bytes of one version's KV cache. With a registry two versions are served at once, each from half the budget.
+
+    On CUDA, those of each GPU. Raises SettingsError if one does not answer.
+    """
     versions = 1 if settings.registry is None else 2
-    whole = settings.kv_budget_mib * MIB or min(available_bytes() // KV_SHARE_OF_FREE, versions * MAX_KV_MIB * MIB)
+    if settings.kv_budget_mib:
+        whole = settings.kv_budget_mib * MIB
+    elif settings.device == "cpu":
+        whole = min(available_bytes() // KV_SHARE_OF_FREE, versions * MAX_KV_MIB * MIB)
+    else:
+        try:
+            whole = min(free_bytes(device) for device in devices_of(settings.device)) // KV_SHARE_OF_GPU
+        except OSError as error:
+            raise SettingsError(f"--device {settings.device} cannot be met: {error}. {CURE}") from error
     return whole // versions
 
 
@@ -67,7 +79,7 @@ def choose(settings: Settings, manifest: Manifest, form: Form, budget: int) -> C
     block = form.block(manifest, max_context)
     per_request = -(-max_context // block.tokens)  # blocks
     fitting = budget // block.bytes
-    num_slots = settings.slots or max(1, min(fitting, MAX_SLOTS))
+    num_slots = settings.slots or max(1, min(fitting, form.max_slots))
     needed = per_request * (1 if form.shares else num_slots)
     if needed > fitting:
         raise SettingsError(

@@ -96,6 +96,10 @@ class Engine:
     def idle(self) -> bool:
         return not self._arrivals and self.scheduler.idle
 
+    @property
+    def load(self) -> int:
+        return len(self._arrivals) + len(self.scheduler.waiting) + len(self.scheduler.running)
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self._loop, name="pawl-engine", daemon=True)
         self._thread.start()

@@ -5,7 +5,7 @@ The histograms are written by the engine thread alone, the counters by any threa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter
@@ -49,35 +49,39 @@ class Families:
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
 
-    def counter(self, name: str, help: str, version: str, **more: str) -> Counter:
-        labels = more | self.labels | {"version": version}
+    def counter(self, name: str, help: str, version: str, engine: int, **more: str) -> Counter:
+        labels = more | self._labels(version, engine)
         if name not in self._counters:
             self._counters[name] = Counter(name, help, list(labels), registry=self.registry)
         return self._counters[name].labels(**labels)
 
-    def histogram(self, name: str, help: str, version: str, bounds: Sequence[float]) -> Series:
+    def histogram(self, name: str, help: str, version: str, engine: int, bounds: Sequence[float]) -> Series:
         if name not in self._histograms:
             self._histograms[name] = Histogram(name, help, [*self.labels, "version"], self.registry)
-        return self._histograms[name].series([*self.labels.values(), version], bounds)
+        return self._histograms[name].series([*self._labels(version, engine).values()], bounds)
+
+    def _labels(self, version: str, engine: int) -> dict[str, str]:
+        return self.labels | {"engine": str(engine), "version": version}
 
     def forget(self, version: str) -> None:
         """Remove the version's series."""
         for counter in self._counters.values():
             counter.remove_by_labels({"version": version})
         for histogram in self._histograms.values():
-            histogram.remove([*self.labels.values(), version])
+            histogram.remove("version", version)
 
 
 class EngineMetrics:
     """One version's. Its state counts in the server's gauges while `choices` are those of a running engine."""
 
-    def __init__(self, families: Families, version: str) -> None:
+    def __init__(self, families: Families, version: str, number: int = 0) -> None:
         self.choices: Choices | None = None
         self.running = 0
         self.waiting = 0
         self.kv_usage = 0.0
         self.families = families
         self._version = version
+        self._number = number
 
     def begin(self, choices: Choices) -> None:
         """An engine was made. Series that an earlier one of this version left are continued."""
@@ -160,10 +164,10 @@ class EngineMetrics:
     # -- names --------------------------------------------------------------------------------------------------
 
     def _counter(self, name: str, help: str, **more: str) -> Counter:
-        return self.families.counter(name, help, self._version, **more)
+        return self.families.counter(name, help, self._version, self._number, **more)
 
     def _histogram(self, name: str, help: str, bounds: Sequence[float]) -> Series:
-        return self.families.histogram(name, help, self._version, bounds)
+        return self.families.histogram(name, help, self._version, self._number, bounds)
 
     def _define_engine_metrics(self) -> None:
         self._prefix_queries = self._counter(
@@ -232,7 +236,9 @@ class EngineMetrics:
 class EngineGauges(Collector):
     """How the running engines stand, summed up: routers and autoscalers look at one number per server."""
 
-    def __init__(self, labels: dict[str, str], engines: dict[str, EngineMetrics], registry: CollectorRegistry) -> None:
+    def __init__(
+        self, labels: dict[str, str], engines: Mapping[tuple[str, int], EngineMetrics], registry: CollectorRegistry
+    ) -> None:
         self._labels = labels
         self._engines = engines
         registry.register(self)

@@ -11,10 +11,12 @@ from typing import Protocol
 
 import onnxruntime as ort
 
-from proto.manifest import NATIVE_GRAPH, Manifest
+from proto.manifest import GRAPH, NATIVE_GRAPH, Manifest
 from serve.block_cache import BLOCK, BlockCache
 from serve.cache import Cache
 from serve.choices import Block, Choices, SettingsError
+from serve.device_memory import HOST, Device, DeviceUnavailable, open_device_session
+from serve.device_runner import DeviceRunner
 from serve.native import NativeUnavailable, instruction_set, library
 from serve.native_runner import NativeRunner, block_shape
 from serve.plan import Runner
@@ -33,6 +35,10 @@ class Form(Protocol):
     def shares(self) -> bool:
         """Whether requests take blocks as they need them, so that more can run than would fit at full length."""
 
+    @property
+    def max_slots(self) -> int:
+        """More requests at once would slow each one down without more tokens in total."""
+
     def block(self, manifest: Manifest, max_context: int) -> Block:
         """What the cache is made of, for requests of `max_context` tokens."""
 
@@ -49,6 +55,7 @@ class StockForm:
 
     phrase: str
     shares: bool = False
+    max_slots: int = 32
     prefill_chunk: int = 128  # tokens; others wait for a whole chunk
 
     def block(self, manifest: Manifest, max_context: int) -> Block:
@@ -73,6 +80,7 @@ class NativeForm:
     phrase: str
     library: Path
     shares: bool = True
+    max_slots: int = 32
     prefill_chunk: int = 512  # tokens; while others decode, `itl_limit` cuts it short
 
     def block(self, manifest: Manifest, max_context: int) -> Block:
@@ -91,16 +99,52 @@ class NativeForm:
         return runner, _scheduler(runner, BlockCache(blocks, capacity), settings, choices, chunk)
 
 
-def pick(wanted: str, manifest: Manifest) -> Form:
-    """The form named by `wanted`, "native" or "stock", or the fastest there is ("auto").
+@dataclass(frozen=True, slots=True)
+class DeviceForm:
+    """The portable graph of an artifact for CUDA, on one GPU."""
 
-    Raises SettingsError if there is no native form and it was asked for, or the artifact is not for CPUs.
+    device: Device
+    shares: bool = False
+    max_slots: int = 256
+    prefill_chunk: int = 512
+
+    @property
+    def phrase(self) -> str:
+        return f"CUDA graphs on {self.device}"
+
+    def block(self, manifest: Manifest, max_context: int) -> Block:
+        return Block(max_context, max_context * manifest.kv_bytes_per_token, manifest.kv_cache)
+
+    def open(self, directory: Path, threads: int) -> ort.InferenceSession:
+        del threads  # nothing is computed on the host
+        try:
+            return open_device_session(directory / GRAPH, self.device)
+        except DeviceUnavailable as error:
+            raise SettingsError(str(error)) from error
+
+    def build(
+        self, session: ort.InferenceSession, manifest: Manifest, settings: Settings, choices: Choices
+    ) -> tuple[Runner, Scheduler]:
+        chunk = settings.prefill_chunk or self.prefill_chunk
+        slots, capacity, a = choices.num_slots, choices.max_context, manifest.architecture
+        runner = DeviceRunner(session, a, num_slots=slots, capacity=capacity, max_rows=chunk, device=self.device)
+        return runner, _scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
+
+
+def pick(wanted: str, manifest: Manifest, device: Device = HOST) -> Form:
+    """The form named by `wanted`, "native" or "stock", or the fastest there is on the device ("auto").
+
+    Raises SettingsError if there is no native form and it was asked for, or the artifact is for another device.
     """
-    if manifest.target != "cpu":
+    if manifest.target != device.kind:
         raise SettingsError(
-            f"{manifest.name} was made for {manifest.target} and this server runs on the CPU; make one with "
-            "`python -m compress quantize --target cpu`"
+            f"{manifest.name} was made for {manifest.target} and this server computes on {device}: serve it with "
+            f"--device {manifest.target}, or make one with `python -m compress quantize --target {device.kind}`"
         )
+    if device != HOST:
+        if wanted == "native":
+            raise SettingsError(f"--form native cannot be met on {device}: its operators are for CPUs; use --form auto")
+        return DeviceForm(device)
     if wanted == "stock":
         return StockForm("stock graph: --form stock")
     try:

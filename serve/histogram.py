@@ -61,8 +61,11 @@ class Histogram(Collector):
         """The series with these labels' values, made if it is not there."""
         return self._series.setdefault(tuple(values), Series(bounds))
 
-    def remove(self, values: Sequence[str]) -> None:
-        self._series.pop(tuple(values), None)
+    def remove(self, label: str, value: str) -> None:
+        """Remove the series with this label's value."""
+        at = self.labels.index(label)
+        for values in [values for values in self._series if values[at] == value]:
+            self._series.pop(values, None)
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         return [HistogramMetricFamily(self.name, self.help, labels=self.labels)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from proto.manifest import CHAT_TEMPLATE, TOKENIZER, Manifest
 from serve.choices import MIB, Choices, choose, kv_budget
+from serve.device_memory import devices_of
 from serve.engine import Engine
+from serve.engines import Engines
 from serve.forms import Form, pick
 from serve.metrics import Metrics
 from serve.plan import Plan
@@ -34,22 +37,23 @@ class Loader:
 
         Raises SettingsError, or what ONNX Runtime raises.
         """
-        form = pick(self._settings.form, manifest)
-        choices = choose(self._settings, manifest, form, self._kv_budget)
+        forms = [pick(self._settings.form, manifest, device) for device in devices_of(self._settings.device)]
+        choices = choose(self._settings, manifest, forms[0], self._kv_budget)
         tokenizer = self._tokenizer(directory, manifest)
-        session = form.open(directory, choices.threads)
+        sessions = [form.open(directory, choices.threads) for form in forms]
         if warm:
-            plan = Plan()
-            plan.add([0], 0, [0])
-            form.build(session, manifest, self._settings, choices)[0].run(plan)
+            for form, session in zip(forms, sessions, strict=True):
+                plan = Plan()
+                plan.add([0], 0, [0])
+                form.build(session, manifest, self._settings, choices)[0].run(plan)
 
-        def make_engine() -> Engine:
-            runner, scheduler = form.build(session, manifest, self._settings, choices)
+        def make_engine(number: int) -> Engine:
+            runner, scheduler = forms[number].build(sessions[number], manifest, self._settings, choices)
             engine = Engine(
                 runner,
                 scheduler,
                 tokenizer,
-                self._metrics.engine(manifest, choices),
+                self._metrics.engine(manifest, choices, number),
                 self._deliver,
                 eos_token_ids=tuple(manifest.architecture.eos_token_ids),
                 vocab_size=manifest.architecture.vocab_size,
@@ -58,7 +62,11 @@ class Loader:
             engine.start()
             return engine
 
-        return Version(manifest, tokenizer, choices.max_context, make_engine, describe(manifest, form, choices))
+        def make_engines() -> Engine | Engines:
+            engines = [make_engine(number) for number in range(len(forms))]
+            return engines[0] if len(engines) == 1 else Engines(engines)
+
+        return Version(manifest, tokenizer, choices.max_context, make_engines, describe(manifest, forms, choices))
 
     def _tokenizer(self, directory: Path, manifest: Manifest) -> Tokenizer:
         files = manifest.files
@@ -71,10 +79,10 @@ class Loader:
         self._loop.call_soon_threadsafe(_dispatch, batch)
 
 
-def describe(manifest: Manifest, form: Form, choices: Choices) -> str:
+def describe(manifest: Manifest, forms: Sequence[Form], choices: Choices) -> str:
     """What is served and what was chosen, in one line."""
     return (
-        f"(recipe {manifest.recipe.name}, {form.phrase}), "
+        f"(recipe {manifest.recipe.name}, {', '.join(form.phrase for form in forms)}), "
         f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
         f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {choices.block.type}"
     )

@@ -42,7 +42,7 @@ class Metrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self.model_name = model_name
-        self._engines: dict[str, EngineMetrics] = {}
+        self._engines: dict[tuple[str, int], EngineMetrics] = {}
         labels = {"model_name": model_name, "engine": "0"}
         self._families = Families(labels, objectives, registry)
         EngineGauges(labels, self._engines, registry)
@@ -82,10 +82,10 @@ class Metrics:
 
     # -- versions -----------------------------------------------------------------------------------------------
 
-    def engine(self, manifest: Manifest, choices: Choices) -> EngineMetrics:
-        """For an engine that begins."""
+    def engine(self, manifest: Manifest, choices: Choices, number: int = 0) -> EngineMetrics:
+        """For an engine that begins, one of those of its version."""
         version = version_name(manifest.digest)
-        made = self._engines.setdefault(version, EngineMetrics(self._families, version))
+        made = self._engines.setdefault((version, number), EngineMetrics(self._families, version, number))
         made.begin(choices)
         self._info.labels(self.model_name, version, manifest.digest, manifest.recipe.name, manifest.kv_cache).set(1)
         for value in ("true", "false"):
@@ -93,13 +93,19 @@ class Metrics:
         return made
 
     def engine_ended(self, digest: str) -> None:
-        """The version's engine is gone; the version may be called back."""
-        self._engines[version_name(digest)].end()
+        """The version's engines are gone; the version may be called back."""
+        for engine in self._of(version_name(digest)).values():
+            engine.end()
+
+    def _of(self, version: str) -> dict[tuple[str, int], EngineMetrics]:
+        return {key: engine for key, engine in self._engines.items() if key[0] == version}
 
     def forget(self, digest: str) -> None:
         """A version left the memory: so do its series."""
         version = version_name(digest)
-        if self._engines.pop(version, None) is not None:
+        if found := self._of(version):
+            for key in found:
+                del self._engines[key]
             self._families.forget(version)
             self._info.remove_by_labels({"version": version})
             self._feedback.remove_by_labels({"version": version})
@@ -133,7 +139,7 @@ class Metrics:
         """A feedback was stored, on an answer of `version`, a short name."""
         kind = str(value).lower() if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
         name = metric_name if metric_name in FEEDBACK_METRICS else "other"
-        self._feedback.labels(name, kind, version if version in self._engines else GONE).inc()
+        self._feedback.labels(name, kind, version if self._of(version) else GONE).inc()
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body and the content type for a scraper's Accept header: Prometheus' text, or OpenMetrics if asked."""

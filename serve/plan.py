@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +78,22 @@ class Plan:
             self.hidden += range(start, end)
 
 
+class Rows(Protocol):
+    """Rows of logits, indexed as an array is; those on a device are fetched when they are asked for."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """Views into the runner's buffers, valid until its next run."""
 
-    logits: Floats  # [rows, vocabulary]
+    logits: Rows  # [rows, vocabulary]
     hidden: Floats  # [hidden positions, hidden], in the plan's order: normed, before the language-model head
     rows: Sequence[int]  # the row that holds the plan's i-th wanted position
     candidates: NDArray[np.int32] | None = None  # [rows, k]: ids of the largest logits, largest first, ties by id
     total: Floats | None = None  # [rows]: sum over the vocabulary of exp((logit - largest) / temperature)
+    candidate_logits: Floats | None = None  # [rows, k]: the candidates', where `logits` would have to be fetched
 
 
 class Runner(Protocol):

@@ -27,6 +27,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, stop_ids: tuple[int, ...]) -> None:
         self.params = params
+        self._vocab_size = vocab_size
         self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._bias = np.array(params.logit_bias, dtype=np.float64).reshape(-1, 2)
         self._stop_ids = list(stop_ids)
@@ -43,14 +44,13 @@ class Sampler:
         p = self.params
         if self._adjusts or num_output < p.min_tokens:
             adjusted = self._adjust(output.logits[row], num_output)
-            token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(adjusted, None, None)
+            plain = Output(adjusted[None], adjusted[None], [0])
+            token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(plain, 0)
         elif p.temperature == 0:
             found = output.candidates
             token = int(output.logits[row].argmax() if found is None else found[row, 0])
-        elif output.candidates is None or output.total is None:
-            token = self._draw(output.logits[row], None, None)
         else:
-            token = self._draw(output.logits[row], output.candidates[row], float(output.total[row]))
+            token = self._draw(output, row)
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
@@ -70,22 +70,28 @@ class Sampler:
             logits[self._stop_ids] = -np.inf
         return logits
 
-    def _draw(self, logits: Floats, candidates: NDArray[np.int32] | None, total: float | None) -> int:
-        """Draw from `logits`, [vocabulary]. `candidates` are ids of the largest, largest first; `total` their sum
-        with all the others, as in `Output`. Neither is needed.
-        """
+    def _draw(self, output: Output, row: int) -> int:
+        """Draw from a row. What the output has found of it already is not computed again, nor are logits fetched."""
         share = self._random.random()
         temperature = self.params.temperature
-        if total is None:
+        order: NDArray[np.integer]
+        if output.candidates is None or output.total is None:
+            logits = output.logits[row]
             total = float(np.exp((logits - logits.max()) / np.float32(temperature)).sum(dtype=np.float64))
-        order: NDArray[np.integer] = _largest(logits, NUM_SORTED[0]) if candidates is None else candidates
+            order = _largest(logits, NUM_SORTED[0])
+            kept = logits[order]
+        else:
+            total, order = float(output.total[row]), output.candidates[row]
+            kept = output.logits[row][order] if output.candidate_logits is None else output.candidate_logits[row]
         while True:
-            kept = logits[order].astype(np.float64)
+            kept = kept.astype(np.float64)
             weights = np.exp((kept - kept[0]) / temperature)
-            at = self._walk(weights, total, share, whole=len(order) == len(logits))
+            at = self._walk(weights, total, share, whole=len(order) == self._vocab_size)
             if at is not None:
                 return int(order[at])
+            logits = output.logits[row]
             order = _largest(logits, NUM_SORTED[1] if len(order) < NUM_SORTED[1] else len(logits))
+            kept = logits[order]
 
     def _walk(self, weights: Doubles, total: float, share: float, *, whole: bool) -> int | None:
         """How far the draw goes in `weights`, which fall from 1; None if that is beyond their end.

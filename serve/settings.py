@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from proto.redaction import KINDS
 from serve.slo import Objectives
 
 PRESIDIO = "presidio"
+DEVICES = re.compile(r"cpu|cuda(:\d+(,\d+)*)?")
 NONE = "none"
+
+
+def parse_device(text: str) -> str:
+    """Check the value of `--device`."""
+    if not DEVICES.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda, or cuda:0,1 for these GPUs")
+    return text
 
 
 def parse_kinds(text: str) -> str:
@@ -58,14 +67,19 @@ class Settings:
         "the graph to run: native operators, stock operators, or native if possible",
         choices=("auto", "native", "stock"),
     )
-    slots: int = setting(0, "requests that run together; 0: as many as the KV budget holds, at most 32")
+    device: str = setting(
+        "cpu", "where to compute: cpu, cuda, or cuda:0,1, an engine on each of these GPUs", parse_device
+    )
+    slots: int = setting(0, "requests that run together; 0: as many as the KV budget holds, at most 32, on CUDA 256")
     kv_budget_mib: int = setting(
         0,
         "memory of the KV cache in MiB, with --registry half for each of two versions; 0: a quarter of free memory, at "
-        "most 1024 for a version",
+        "most 1024 for a version; on CUDA half of each GPU's",
     )
     max_context: int = setting(0, "tokens per request, prompt and completion; 0: the model's, at most 2048")
-    prefill_chunk: int = setting(0, "prompt tokens computed in a step; 0: 512 natively, 128 with stock operators")
+    prefill_chunk: int = setting(
+        0, "prompt tokens computed in a step; 0: 512 natively and on CUDA, 128 with stock operators"
+    )
     itl_limit: float = setting(
         2.0, "how many times longer prompts may make the steps of requests that decode; native form only", least=1
     )

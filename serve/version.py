@@ -18,6 +18,7 @@ from serve.metrics import version_name
 
 if TYPE_CHECKING:
     from serve.engine import Engine
+    from serve.engines import Engines
     from serve.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ class Version:
         manifest: Manifest,
         tokenizer: Tokenizer,
         max_context: int,
-        make_engine: Callable[[], Engine],
+        make_engine: Callable[[], Engine | Engines],
         about: str = "",
     ) -> None:
         """`make_engine` makes one that runs, in milliseconds; `about`: what it is and what was chosen, in words."""
@@ -42,7 +43,7 @@ class Version:
         self.vocab_size = manifest.architecture.vocab_size
         self.loaded = int(time.time())
         self._make_engine = make_engine
-        self._engine: Engine | None = None
+        self._engine: Engine | Engines | None = None
         self._uses = 0
         self._released = asyncio.Event()
 
@@ -51,7 +52,7 @@ class Version:
         return self._engine is not None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | Engines:
         assert self._engine is not None
         return self._engine
 
