@@ -29,7 +29,7 @@ from train.model import Model, load_model
 from train.objectives import OBJECTIVES, make_objective
 from train.optimizers import OptimizerOptions, make_optimizers
 from train.options import Options
-from train.peak import measure_peak
+from train.peak import peak_of
 from train.plot import draw
 from train.preferences import DpoOptions, KtoOptions
 from train.run_folder import RunFolder, environment
@@ -137,6 +137,8 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
         if options.compile:
             for layer in each.layers:
                 layer.compile()
+    peak_flops, source = peak_of(world.device, dtype)
+    world.say(f"MFU is of {peak_flops / 1e12:.3g} TFLOP/s ({source})")
     training = Training(
         options=options,
         world=world,
@@ -155,7 +157,7 @@ def put_together(asked: dict[type, Any], folder: RunFolder, world: World) -> tup
         dtype=dtype,
         # Frozen weights need no gradients: a third of the arithmetic falls away.
         flops_per_token=arithmetic(model, options.context) * (1 if options.adapter == "none" else 2 / 3),
-        peak_flops=measure_peak(world.device, dtype),
+        peak_flops=peak_flops,
     )
     return training, msgspec.to_builtins(store.info)
 
