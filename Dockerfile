@@ -2,8 +2,8 @@
 # BASE_IMAGE has Python 3.11 and nothing more of ours; BUILD_IMAGE the same Python with pip and g++.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG BUILD_IMAGE=python:3.11-bookworm
-# Python 3.11, CUDA 12 and cuDNN 9; no public image has all three.
-ARG GPU_BASE_IMAGE=pawl-cuda-base:12
+# The same Python: CUDA 13's libraries come with requirements/gpu.txt, the driver from the host's container toolkit.
+ARG GPU_BASE_IMAGE=python:3.11-slim-bookworm
 
 # -- what every target needs of the source, and the server's libraries ------------------------------------------------
 
@@ -46,12 +46,12 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
 ENTRYPOINT ["python3", "-m", "serve"]
 CMD ["--model", "/model", "--host", "0.0.0.0", "--records", "/data/records.sqlite", "--derived", "/data"]
 
-# -- serve-gpu: the same with ONNX Runtime's CUDA build, on a base that has CUDA ---------------------------------------
+# -- serve-gpu: the same with ONNX Runtime's CUDA build and CUDA's libraries ------------------------------------------
 
 FROM build AS build-gpu
+COPY requirements/gpu.txt /requirements/
 RUN rm -rf /opt/site/onnxruntime /opt/site/onnxruntime-*.dist-info \
-    && python3 -m pip install --no-cache-dir --no-compile --no-deps --target /opt/site \
-       "$(sed -n 's/^onnxruntime==/onnxruntime-gpu==/p' /requirements/serve.txt)" \
+    && python3 -m pip install --no-cache-dir --no-compile --no-deps --target /opt/site -r /requirements/gpu.txt \
     && sh /tools/trim.sh /opt/site && sh /tools/compile.sh /app /opt/site
 COPY --from=base /var/lib/dpkg/status /opt/debian.txt
 RUN python3 /tools/sbom.py /opt/site /opt/debian.txt > /app/sbom.cdx.json
@@ -67,12 +67,14 @@ COPY --from=build-gpu /opt/site /opt/site
 COPY --from=build-gpu /app /app
 COPY --from=build --chown=65532:65532 /data /data
 ENV PYTHONPATH=/app:/opt/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HTTP_PORT=8000
+# What the container toolkit goes by.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /app
 USER 65532:65532
 EXPOSE 8000 50051
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python3", "/app/serve/health.py"]
-ENTRYPOINT ["python3", "-m", "serve"]
+ENTRYPOINT ["python3", "-m", "serve", "--device", "cuda"]
 CMD ["--model", "/model", "--host", "0.0.0.0", "--records", "/data/records.sqlite", "--derived", "/data"]
 
 # -- train: every command of ours; also retrains, and fetches versions for the server ----------------------------------

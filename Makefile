@@ -3,6 +3,7 @@ PYTHON ?= python3
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 50051
 MODEL ?= models/smollm2-135m-w8a8
+GPU_MODEL ?= models/smollm2-135m-fp16
 NAME ?= latest
 PEERS ?= llama_cpp
 
@@ -12,7 +13,7 @@ SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus prometheus-ale
 	docker.io docker-compose docker-registry mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-system pretrain-demo loop bench lint proto clean
+.PHONY: help run test test-system test-gpu pretrain-demo loop bench bench-gpu lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -22,12 +23,18 @@ run: serve/kernels/build/stamp $(MODEL)/manifest.json ## serve the default model
 	@exec $(PY) -m serve --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
 
 test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debian package
-	$(PY) -m pytest -n 2 -m "not system"
+	$(PY) -m pytest -n 2 -m "not system and not gpu"
 
 test-system: .venv/dev.stamp .checkov/stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PY) -m pytest -m system
+
+test-gpu: .venv/gpu.stamp ## the tests that need an NVIDIA GPU, with ONNX Runtime's CUDA build in an environment of their own
+	PYTHONPATH=.venv/gpu $(PY) -m pytest -m gpu
+
+bench-gpu: .venv/gpu.stamp $(GPU_MODEL)/manifest.json ## decode and prefill on a GPU, beside transformers; NAME= names the file in bench/results
+	PYTHONPATH=.venv/gpu $(PY) -m bench.gpu --model $(GPU_MODEL) --checkpoint models/base --out bench/results/$(NAME).json
 
 pretrain-demo: .venv/train.stamp serve/kernels/build/stamp ## from Python's own library to a small model that is served, in some minutes
 	@$(PY) -m bench.pretrain_demo
@@ -77,6 +84,11 @@ clean: ## remove what can be made again: models, the native operators, caches, t
 	.checkov/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/checkov.txt
 	@touch $@
 
+# Before the plain onnxruntime on the path, not in its place: the other targets keep theirs.
+.venv/gpu.stamp: .venv/dev.stamp requirements/gpu.txt
+	$(PIP) --no-deps --upgrade --target .venv/gpu -r requirements/gpu.txt
+	@touch $@
+
 # Without a compiler the server runs the stock graph and says so.
 serve/kernels/build/stamp: $(wildcard serve/kernels/*.*) serve/native.py | .venv/build.stamp
 	@$(PY) -m serve.native || true
@@ -87,3 +99,6 @@ models/base/config.json: | .venv/build.stamp
 
 models/smollm2-135m-w8a8/manifest.json: | models/base/config.json
 	$(PY) -m compress quantize models/base -o models/smollm2-135m-w8a8 --recipe w8a8
+
+models/smollm2-135m-fp16/manifest.json: | models/base/config.json
+	$(PY) -m compress quantize models/base -o models/smollm2-135m-fp16 --target cuda --recipe fp16

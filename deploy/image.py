@@ -55,7 +55,7 @@ class Build:
     )
     base: str = option("", "image with Python 3.11 to build upon (default: the Dockerfile's)")
     tools: str = option("", "image with the same Python, pip and g++ to build in (default: the Dockerfile's)")
-    gpu_base: str = option("", "image with Python 3.11 and CUDA, for serve-gpu (default: the Dockerfile's)")
+    gpu_base: str = option("", "image with Python 3.11, for serve-gpu (default: the Dockerfile's)")
     model: str = option("", "artifact; its digest becomes a label, or with --target model its files the image")
     network: str = option("default", "network of the build's steps: default, host or none")
     most_mb: int = option(300, "limit on what serve adds to its base, in MB", least=1)

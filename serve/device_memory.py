@@ -135,6 +135,7 @@ class DeviceArray:
 
 def free_bytes(device: Device) -> int:
     """Free memory of a CUDA device, by the driver. Raises OSError if there is no CUDA."""
+    ort.preload_dlls()
     cudart = ctypes.CDLL(CUDART)
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     if cudart.cudaSetDevice(device.number) or cudart.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):

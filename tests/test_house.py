@@ -131,7 +131,7 @@ def test_every_code_folder_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("name", [*REQUIREMENTS, "checkov"])
+@pytest.mark.parametrize("name", [*REQUIREMENTS, "checkov", "gpu"])
 def test_requirements_are_pinned(name: str) -> None:
     lines = list(pins(name))
     assert lines
@@ -147,6 +147,11 @@ def test_the_requirements_are_what_is_installed() -> None:
     }
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in found}
     assert installed == found
+
+
+def test_the_servers_onnxruntime_is_the_same_on_gpus() -> None:
+    (plain,) = (line for line in pins("serve") if line.startswith("onnxruntime=="))
+    assert plain.replace("onnxruntime==", "onnxruntime-gpu==") in pins("gpu")
 
 
 def test_the_server_is_pinned_without_torch() -> None:

@@ -25,9 +25,11 @@ from serve.request import SamplingParams
 from serve.sampler import Sampler, logprob, prompt_logprobs
 from serve.settings import Settings, parse_settings
 from serve.tokenizer import Tokenizer
+from tests.serve.devices import DEVICES
 from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, ask, deliver, finish, make_checkpoint
 
 GPU = Device("cuda", 1)
+MakeRunner = Callable[[int], DeviceRunner]
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +47,27 @@ def made_for_cuda(directory: Path) -> Manifest:
     return load(directory)
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Device:
+    found: Device = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def session(directory: Path) -> ort.InferenceSession:
-    return open_device_session(directory / "model.onnx", HOST)
+def session(directory: Path, device: Device) -> ort.InferenceSession:
+    return open_device_session(directory / "model.onnx", device)
 
 
 @pytest.fixture
-def runner(session: ort.InferenceSession, made_for_cuda: Manifest) -> DeviceRunner:
-    architecture = made_for_cuda.architecture
-    return DeviceRunner(session, architecture, num_slots=SLOTS, capacity=CAPACITY, max_rows=CHUNK)
+def make_runner(session: ort.InferenceSession, made_for_cuda: Manifest, device: Device) -> MakeRunner:
+    """Of so many slots."""
+    sizes = {"capacity": CAPACITY, "max_rows": CHUNK, "device": device}
+    return lambda num_slots: DeviceRunner(session, made_for_cuda.architecture, num_slots=num_slots, **sizes)
+
+
+@pytest.fixture
+def runner(make_runner: MakeRunner) -> DeviceRunner:
+    return make_runner(SLOTS)
 
 
 def step(runner: DeviceRunner, *segments: tuple[int, int, list[int]], temperature: float = 0.0) -> Output:
@@ -71,12 +85,10 @@ def test_sizes_of_decode_runs() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_company_gives_the_logits_of_being_alone(
-    seed: int, runner: DeviceRunner, session: ort.InferenceSession, made_for_cuda: Manifest
-) -> None:
+def test_any_company_gives_the_logits_of_being_alone(seed: int, runner: DeviceRunner, make_runner: MakeRunner) -> None:
     """Prompts and decode rows in random order and slots, so that rows are exchanged; rows beside them write junk."""
     random = np.random.default_rng(seed)
-    single = DeviceRunner(session, made_for_cuda.architecture, num_slots=1, capacity=CAPACITY, max_rows=CHUNK)
+    single = make_runner(1)
     texts = [random.integers(2, 500, CAPACITY if n == 0 else int(random.integers(20, 60))).tolist() for n in range(6)]
     prompts = [len(text) - 12 if len(text) == CAPACITY else int(random.integers(1, 20)) for text in texts]
     slots = random.permutation(SLOTS)[:6].tolist()
@@ -176,9 +188,9 @@ def test_a_step_that_wants_too_much_is_refused(runner: DeviceRunner) -> None:
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_read_written_and_copied_where_they_lie() -> None:
-    first = DeviceArray((3, 2, 5), "tensor(float)", HOST)
-    second = DeviceArray((2, 2, 5), "tensor(float)", HOST)
+def test_rows_are_read_written_and_copied_where_they_lie(device: Device) -> None:
+    first = DeviceArray((3, 2, 5), "tensor(float)", device)
+    second = DeviceArray((2, 2, 5), "tensor(float)", device)
     values = np.arange(30, dtype=np.float32).reshape(3, 2, 5)
     first.write(values)
     second.clear()
@@ -261,9 +273,9 @@ MakeOne = Callable[[Metrics, int], Engine]
 
 
 @pytest.fixture
-def make_one(directory: Path, made_for_cuda: Manifest, session: ort.InferenceSession) -> MakeOne:
+def make_one(directory: Path, made_for_cuda: Manifest, session: ort.InferenceSession, device: Device) -> MakeOne:
     settings = Settings(model=directory, kv_budget_mib=8, max_context=CAPACITY, slots=SLOTS, prefill_chunk=CHUNK)
-    form = DeviceForm(HOST)
+    form = DeviceForm(device)
 
     def make(metrics: Metrics, number: int) -> Engine:
         choices = choose(settings, made_for_cuda, form, kv_budget(settings))
