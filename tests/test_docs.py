@@ -58,6 +58,7 @@ PAGES = {
     "docs/deploy.md": DEPLOY,
     "docs/monitoring.md": MONITORING,
     "docs/records.md": RECORDS,
+    "docs/cuda.md": (ROOT / "docs/cuda.md").read_text(),
     "docs/runbook.md": (ROOT / "docs/runbook.md").read_text(),
 }
 CALLS = {
