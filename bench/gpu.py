@@ -66,7 +66,8 @@ def ours(manifest: Manifest, directory: Path, device: Device, batch: int, prompt
 def theirs(checkpoint: Path, device: Device, batch: int, prompt: int, tokens: int, *, compiled: bool) -> Figures:
     place = torch.device(device.kind, device.number) if device.kind == "cuda" else torch.device("cpu")
     dtype = torch.float16 if device.kind == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(place).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model = model.to(place).eval()
     if compiled:
         model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     ids = torch.randint(model.config.vocab_size, (batch, prompt), device=place)
