@@ -13,7 +13,7 @@ SYSTEM_PACKAGES := chromium chromium-driver postgresql prometheus prometheus-ale
 	docker.io docker-compose docker-registry mmdebstrap
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-system test-gpu pretrain-demo loop bench bench-gpu lint proto clean
+.PHONY: help run test test-system test-gpu test-stand-in pretrain-demo loop bench bench-gpu lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,7 +23,7 @@ run: serve/kernels/build/stamp $(MODEL)/manifest.json ## serve the default model
 	@exec $(PY) -m serve --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
 
 test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debian package
-	$(PY) -m pytest -n 2 -m "not system and not gpu"
+	$(PY) -m pytest -n 2 -m "not system and not gpu and not stand_in"
 
 test-system: .venv/dev.stamp .checkov/stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
@@ -32,6 +32,9 @@ test-system: .venv/dev.stamp .checkov/stamp ## the tests that need Chromium, Pos
 
 test-gpu: .venv/gpu.stamp ## the tests that need an NVIDIA GPU, with ONNX Runtime's CUDA build in an environment of their own
 	PYTHONPATH=.venv/gpu $(PY) -m pytest -m gpu
+
+test-stand-in: .venv/stand-in.stamp ## without a GPU: ONNX Runtime's CUDA provider over libraries that compute nothing
+	$(PY) -m pytest -m stand_in
 
 bench-gpu: .venv/gpu.stamp $(GPU_MODEL)/manifest.json ## decode and prefill on a GPU, beside transformers; NAME= names the file in bench/results
 	PYTHONPATH=.venv/gpu $(PY) -m bench.gpu --model $(GPU_MODEL) --checkpoint models/base --out bench/results/$(NAME).json
@@ -87,6 +90,12 @@ clean: ## remove what can be made again: models, the native operators, caches, t
 # Before the plain onnxruntime on the path, not in its place: the other targets keep theirs.
 .venv/gpu.stamp: .venv/dev.stamp requirements/gpu.txt
 	$(PIP) --no-deps --upgrade --target .venv/gpu -r requirements/gpu.txt
+	@touch $@
+
+# Not CUDA's own libraries, which would be loaded before those that stand in for them: their headers alone.
+.venv/stand-in.stamp: .venv/dev.stamp requirements/gpu.txt
+	$(PIP) --no-deps --upgrade --target .venv/stand-in $$(grep '^onnxruntime-gpu==' requirements/gpu.txt)
+	$(PIP) --no-deps --upgrade --target .venv/cuda-headers $$(grep '^nvidia-cuda-runtime==' requirements/gpu.txt)
 	@touch $@
 
 # Without a compiler the server runs the stock graph and says so.

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +106,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in tqdm(args.batches, desc="bench", unit="batch", disable=None):
         asked = device, batch, args.prompt, args.tokens
-        systems: dict[str, Callable[[], Figures]] = {
-            "transformers": lambda asked=asked: theirs(args.checkpoint, *asked, compiled=args.compile),  # type: ignore[misc]
-            "pawl": lambda asked=asked: ours(manifest, args.model, *asked),  # type: ignore[misc]
-        }
-        for system, run in systems.items():
-            found = run()
+        for system in ("transformers", "pawl"):
+            is_theirs = system == "transformers"
+            found = (
+                theirs(args.checkpoint, *asked, compiled=args.compile)
+                if is_theirs
+                else ours(manifest, args.model, *asked)
+            )
             limits = shares(manifest, per_token, batch, context, found["decode"], listed) if listed else {}
             rows.append({"system": system, "batch": batch, **found, **limits})
     return rows

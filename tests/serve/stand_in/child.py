@@ -1,0 +1,55 @@
+"""Runs artifacts on the CUDA provider over the stand-in; prints what it asked of CUDA in a decode step, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from proto.manifest import GRAPH, Architecture
+from serve.device_memory import PROVIDER, Device, free_bytes, open_device_session
+from serve.device_runner import DeviceRunner
+from serve.plan import Copy, Plan
+
+SLOTS = 5
+
+
+def decode(runner: DeviceRunner, past: int) -> None:
+    plan = Plan()
+    plan.add([3], 20 + past, [1], temperature=0.5)
+    plan.add([1], 7 + past, [2])
+    runner.run(plan)
+
+
+def main() -> None:
+    log, device = Path(os.environ["STAND_IN_LOG"]), Device("cuda")
+    assert free_bytes(device) == 8 << 30
+    found = {}
+    for folder in map(Path, sys.argv[1:]):
+        architecture = msgspec.json.decode((folder / "architecture.json").read_bytes(), type=Architecture)
+        session = open_device_session(folder / GRAPH, device)
+        assert session.get_providers()[0] == PROVIDER
+        log.write_text("")
+        runner = DeviceRunner(session, architecture, num_slots=SLOTS, capacity=64, max_rows=32, device=device)
+        made = log.read_text().splitlines()
+        plan = Plan()
+        plan.add([3], 0, list(range(20)), want="all")
+        plan.add([1], 0, list(range(7)))
+        runner.run(plan)
+        decode(runner, 0)  # exchanges rows
+        log.write_text("")
+        decode(runner, 1)
+        step = log.read_text().splitlines()
+        plan = Plan()
+        plan.copies.append(Copy(3, 4, 10))
+        plan.add([4], 10, [1])
+        runner.run(plan)
+        found[folder.name] = {"made": made, "step": step}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
