@@ -87,12 +87,14 @@ def test_what_is_sent_to_the_engine_is_what_is_copied() -> None:
 
 
 def test_the_default_command_is_understood() -> None:
-    commands = re.findall(r'^ENTRYPOINT \["python3", "-m", "serve"\]\nCMD (.*)$', DOCKERFILE, re.MULTILINE)
-    assert len(commands) == 2
-    for command in commands:
-        settings = parse_settings(json.loads(command))
+    commands = re.findall(r'^ENTRYPOINT \["python3", "-m", "serve"(.*)\]\nCMD \[(.*)\]$', DOCKERFILE, re.MULTILINE)
+    devices = []
+    for device, command in commands:
+        settings = parse_settings(json.loads(f"[{device.removeprefix(', ')}{', ' if device else ''}{command}]"))
+        devices.append(settings.device)
         assert settings.records.startswith("/data/")
         assert settings.http_port == 8000
+    assert devices == ["cpu", "cuda"]
 
 
 # -- the bill of materials ------------------------------------------------------------------------------------------
