@@ -23,8 +23,8 @@ from deploy.simulation import simulate
 from deploy.workload import Lengths, Workload
 
 STATISTICS = {"p50": OURS, "p95": OTHERS[0]}
-POINTS = 12
-REQUESTS = 1500  # a point
+POINTS = 10
+REQUESTS = 600  # a point
 REACH = 1.05  # times the highest rate that was measured
 
 

@@ -15,10 +15,12 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -53,6 +55,9 @@ class Measured:
     windows: list[tuple[float, float]] = field(default_factory=list)
     client_ttft: list[float] = field(default_factory=list)
 
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(self.windows + other.windows, self.client_ttft + other.client_ttft)
+
     def note(self, began: float, run: Run) -> None:
         self.windows.append((began, time.perf_counter()))
         self.client_ttft += [read(exchange).arrivals[0] for exchange in run.exchanges]
@@ -74,17 +79,17 @@ def serve_command(*module: str) -> Callable[[Path, int, Path], list[str]]:
 
 
 class Traced:
-    """A traced server on an artifact, which gives a profile once it has ended."""
+    """A traced server on an artifact, which gives profiles once it has ended. Its turns go into `trace`."""
 
-    def __init__(self, model: Path, processors: int, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, model: Path, processors: int, trace: Path, arguments: Sequence[str] = ()) -> None:
         self.manifest = load_manifest(model)
         self.processors = processors
         self.server = Server("pawl", self._command)
+        self.trace = trace
         self._model = model
         self._arguments = arguments
 
     def _command(self, port: int, scratch: Path) -> list[str]:
-        self.trace = scratch.with_suffix(".trace")  # the folder is gone when the trace is read
         return [
             *("taskset", "-c", f"0-{self.processors - 1}"),
             *serve_command("bench.traced_server", str(self.trace))(self._model, port, scratch),
@@ -96,14 +101,10 @@ class Traced:
         found = re.search(r"^ready in .* serve \S+ (.*)$", self.server.last_output(), re.MULTILINE)
         return found[1] if found else ""
 
-    def profile(self, about: str, measured: Measured, keep: Path | None = None) -> Profile:
+    def profile(self, about: str, measured: Measured) -> Profile:
         """Of what was measured while the server ran. Raises DeployError if that was too little."""
-        document = json.loads(self.trace.read_text())
-        if keep is not None:
-            keep.write_text(json.dumps(document))
-        self.trace.unlink()
-        turns = [(seconds, amounts) for began, seconds, amounts in document["turns"] if measured.inside(began)]
-        model, quality = fit([amounts for _, amounts in turns], [seconds for seconds, _ in turns])
+        document = self._noted()
+        model, quality = fit(*self.turns(measured))
         engine_ttft = [first - came for came, first in document["requests"] if measured.inside(came)]
         return Profile(
             format=FORMAT,
@@ -118,11 +119,19 @@ class Traced:
             machine=describe(),
         )
 
+    def turns(self, measured: Measured) -> tuple[list[list[float]], list[float]]:
+        """What the turns in that time had of each term, and how long they took."""
+        turns = [turn for turn in self._noted()["turns"] if measured.inside(turn[0])]
+        return [amounts for *_, amounts in turns], [seconds for _, seconds, _ in turns]
 
-def measure(server: Server, seconds: float, measured: Measured | None = None) -> Measured:
-    """Closed loops of clients for `seconds`, and until they all are answered; adds to `measured` and returns it."""
-    measured = measured or Measured()
-    source = random.Random(len(measured.windows))
+    def _noted(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.trace.read_text())
+        return document
+
+
+def measure(server: Server, seconds: float, seed: int = 0) -> Measured:
+    """Closed loops of clients for `seconds`, and until they all are answered. Another seed makes other prompts."""
+    measured, source = Measured(), random.Random(seed)
     loads = [(clients, prompts, answers) for many, prompts, answers in LOADS for clients in many]
     for clients, prompts, answers in tqdm(loads, unit="load", disable=None):
         began = time.perf_counter()
@@ -147,7 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processors", type=int, default=cpu_quota()[0], help="of the server (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=90.0, help="to measure for, about (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file for the profile")
-    parser.add_argument("--trace", type=Path, help="file for the turns themselves, to fit other terms to")
+    parser.add_argument("--trace", type=Path, help="file to keep the turns themselves in, to fit other terms to")
     parser.add_argument("serve", nargs="*", help="arguments of python -m serve, behind --")
     args = parser.parse_args()
     if not 1 <= args.processors <= cpu_quota()[0]:
@@ -157,11 +166,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    traced = Traced(args.model, args.processors, args.serve)
-    with traced.server:
-        about = traced.about()
-        measured = measure(traced.server, args.seconds)
-    profile = traced.profile(about, measured, args.trace)
+    with tempfile.TemporaryDirectory(prefix="pawl-bench-") as scratch:
+        traced = Traced(args.model, args.processors, args.trace or Path(scratch) / "trace.json", args.serve)
+        with traced.server:
+            about = traced.about()
+            measured = measure(traced.server, args.seconds)
+        profile = traced.profile(about, measured)
     profile.save(args.out)
     print(as_text(profile))
 

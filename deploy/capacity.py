@@ -43,7 +43,7 @@ class Options:
     most_utilisation: float = option(
         0.9, "of what a replica can do at all, whatever the objectives", least=0.01, most=1
     )
-    requests: int = option(2000, "simulated for each replica", least=100)
+    requests: int = option(1000, "simulated for each replica", least=100)
     seed: int = option(0, "of the arrivals and lengths", least=0)
     json: bool = option(False, "print one JSON document")
 

@@ -20,6 +20,7 @@ from deploy.workload import Visit
 from serve.request import Chunk, Request, SamplingParams
 from serve.scheduler import Step
 
+WARM_UP = (64, 32)  # tokens of prompt and answer
 Balance = Literal["random", "round-robin", "least"]
 
 
@@ -58,6 +59,16 @@ class Replica:
         self._step: Step | None = None  # that runs now, until `_end`
         self._began = self._end = 0.0
         self._number = 0
+
+    def warm_up(self) -> None:
+        """Bursts of requests before the clock starts: a server that has been up has learned what its steps cost."""
+        capacity = self.scheduler.cache.capacity
+        prompt = min(WARM_UP[0], capacity // 2)
+        for clients in (2**n for n in range(self.scheduler.max_running.bit_length())):
+            for _ in range(clients):
+                self.submit(Visit(self._end, prompt, min(WARM_UP[1], capacity - prompt)))
+            self.run(math.inf)
+        self.busy_seconds = self._began = self._end = 0.0
 
     def submit(self, visit: Visit) -> Served:
         """A request comes at `visit.arrival`, up to which the replica has been run."""
@@ -168,6 +179,8 @@ def simulate(
     """
     luck = np.random.default_rng(seed)
     fleet = [Replica(profile.engine, profile.model, profile.front_seconds, luck.random) for _ in range(replicas)]
+    for replica in fleet:
+        replica.warm_up()
     chance = np.random.default_rng(seed + 1)
     served: list[Served] = []
     for number, visit in enumerate(visits):

@@ -75,6 +75,14 @@ class StepModel(msgspec.Struct, frozen=True, kw_only=True):
         if not self.spread or min(self.spread) < 0:
             raise ValueError("spread must have numbers, none negative")
 
+    def scaled(self, times: float) -> StepModel:
+        """Of a machine on which every turn takes so many times as long."""
+        return msgspec.structs.replace(self, seconds_each=[times * each for each in self.seconds_each])
+
+    def slower(self, amounts: Sequence[Sequence[float]], seconds: Sequence[float]) -> float:
+        """How many times as long as expected measured turns took, [turns, terms] and [turns]."""
+        return float(sum(seconds) / np.dot(amounts, self.seconds_each).sum())
+
     def seconds(self, step: Step, share: float = 0.5) -> float:
         """How long a turn with this step takes; `share`, 0 to 1, says how unlucky it is among those like it."""
         expected = sum(each * amount for each, amount in zip(self.seconds_each, terms(step), strict=True))

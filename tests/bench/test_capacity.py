@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import capacity, load, step_cost
+from bench import capacity, capacity_plot, load, step_cost
 from bench.capacity import Replay, compare, open_loop
 from bench.connection import BadAnswer
 from bench.load import HOST
@@ -51,8 +51,10 @@ def test_the_plan_is_held_to_the_server(
     assert [one["share"] for one in result["levels"]] == [0.2, 0.5]
     for one in result["levels"]:
         assert len(one["raw"]) == one["requests"] >= 10
-        assert one["measured"]["ttft_mean_ms"] > 0 < one["simulated"]["ttft_mean_ms"]
-        assert one["error"]["ttft_mean_ms"] > -0.9
+        assert one["measured"]["ttft_mean_ms"] > 0 < one["planned"]["ttft_mean_ms"]
+        assert 0.2 < one["turns_over_profile"] < 5
+        slower = one["at_its_speed"]["ttft_mean_ms"] > one["planned"]["ttft_mean_ms"]
+        assert slower == (one["turns_over_profile"] > 1)
     assert str(tmp_path) not in json.dumps(result)
     profile = load_profile(tmp_path / "profile.json")
     assert profile.engine.capacity <= CAPACITY * 2
@@ -93,25 +95,51 @@ def test_requests_are_sent_when_they_are_due_whatever_is_unanswered() -> None:
     assert all(due <= when for due, when in zip((0.0, 0.02, 0.04), sent, strict=True))
 
 
-def test_a_request_that_fails_fails_the_run() -> None:
+def send_one(status: bytes) -> Replay:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
         writer.close()
 
-    async def run() -> None:
+    async def run() -> Replay:
         server = await asyncio.start_server(answer, HOST, 0)
         async with server:
-            await open_loop(server.sockets[0].getsockname()[1], [Visit(0.0, 4, 1)], [b"GET / HTTP/1.1\r\n\r\n"])
+            port = server.sockets[0].getsockname()[1]
+            return await open_loop(port, [Visit(0.0, 4, 1)], [b"GET / HTTP/1.1\r\n\r\n"])
 
-    with pytest.raises(BadAnswer, match="503"):
-        asyncio.run(run())
+    return asyncio.run(run())
+
+
+def test_a_refused_request_is_counted_and_a_failed_one_fails_the_run() -> None:
+    replay = send_one(b"503 Service Unavailable")
+    assert replay.timings == [None]
+    assert replay.raw()[0].endswith("4 1 refused")
+    with pytest.raises(BadAnswer, match="500"):
+        send_one(b"500 Internal Server Error")
 
 
 def test_errors_are_of_the_simulated_over_the_measured() -> None:
     """A turn takes 100 ms; the server's first token took 125 ms, its others 80 ms."""
-    replay = Replay([Visit(5.0, 8, 3)], [Timing(8, 3, [0.125, 0.205, 0.285])])
-    found = compare(make_profile({"turn": 0.1}), replay)
-    assert found["error"]["ttft_mean_ms"] == pytest.approx(-0.2)
-    assert found["error"]["itl_p50_ms"] == pytest.approx(0.25)
-    assert found["error"]["tokens_per_second"] == pytest.approx(0.285 / 0.3 - 1)
-    assert found["simulated"]["utilisation"] == pytest.approx(1)
+    replay = Replay([Visit(5.0, 8, 3), Visit(5.0, 8, 3)], [Timing(8, 3, [0.125, 0.205, 0.285]), None])
+    assert replay.figures()["refused"] == 1
+    del replay.visits[1], replay.timings[1]
+    found = compare(make_profile({"turn": 0.1}), replay, times=0.8)
+    assert found["planned"]["error"]["ttft_mean_ms"] == pytest.approx(-0.2)
+    assert found["planned"]["error"]["itl_p50_ms"] == pytest.approx(0.25)
+    assert found["planned"]["error"]["tokens_per_second"] == pytest.approx(0.285 / 0.3 - 1)
+    assert found["planned"]["utilisation"] == pytest.approx(1)
+    assert found["at_its_speed"]["error"]["itl_p50_ms"] == pytest.approx(0)
+    assert found["at_its_speed"]["error"]["ttft_mean_ms"] == pytest.approx(0.08 / 0.125 - 1)
+
+
+def test_the_plot_has_lines_and_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_plot, "POINTS", 3)
+    monkeypatch.setattr(capacity_plot, "REQUESTS", 40)
+    level = {"per_minute": 120.0, "measured": {"ttft_p50_ms": 110.0, "ttft_p95_ms": 190.0}}
+    result = {"prompt": "8", "output": "2", "levels": [level, level | {"per_minute": 240.0}]}
+    first, again = tmp_path / "first.svg", tmp_path / "again.svg"
+    for path in (first, again):
+        capacity_plot.draw(result, make_profile({"turn": 0.1}), path)
+    text = first.read_text()
+    assert all(f"{name}, {kind}" in text for name in ("p50", "p95") for kind in ("planned", "measured"))
+    assert "requests a minute" in text
+    assert first.read_bytes() == again.read_bytes()

@@ -114,6 +114,18 @@ def test_nothing_is_lost_and_nothing_comes_before_it_can(
         assert outcome.tokens_per_second * answered == pytest.approx(outcome.requests_per_second * tokens)
 
 
+def test_what_warms_up_does_not_count() -> None:
+    """It is over before the clock starts, and what steps cost is known from the first request on."""
+    replica = Replica(make_profile(ALL).engine, make_profile(ALL).model, 0.0, lambda: 0.5)
+    replica.warm_up()
+    replica.check()
+    assert replica.scheduler.cost.known
+    assert replica.scheduler.cost.seconds(4) == pytest.approx(0.01 + 4 * 0.0015, rel=0.1)
+    served = replica.submit(Visit(0.0, 8, 2))
+    replica.run(1.0)
+    assert replica.busy_seconds == pytest.approx(served.tokens[-1])
+
+
 def test_the_same_arrivals_give_the_same_outcome() -> None:
     profile = make_profile(ALL)
     profile = replace_spread(profile, [0.8, 1.0, 1.2])

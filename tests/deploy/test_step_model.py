@@ -73,6 +73,15 @@ def test_the_unlucky_take_longer() -> None:
     )
 
 
+def test_a_slower_machine() -> None:
+    step = Step()
+    step.plan.add([], 10, [0])
+    model = StepModel(seconds_each=EACH, spread=[1.0])
+    slow = model.scaled(1.3)
+    assert slow.seconds(step) == pytest.approx(1.3 * model.seconds(step))
+    assert model.slower([terms(step)] * 3, [slow.seconds(step)] * 3) == pytest.approx(1.3)
+
+
 def test_too_few_turns_are_refused() -> None:
     x = turns(LEAST_TURNS - 1)
     with pytest.raises(DeployError, match="measure for longer"):
