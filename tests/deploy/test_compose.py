@@ -38,8 +38,18 @@ def test_a_service_is_confined_and_pinned(name: str) -> None:
     (image,) = re.fullmatch(r"\$\{\w+:-(.+)\}", service["image"]).groups()  # type: ignore[union-attr]
     assert PINNED.fullmatch(image)
     assert (name == "postgres") or (service["read_only"] and service["cap_drop"] == ["ALL"])
-    named = [v.split(":")[0] for v in service["volumes"] if not v.startswith((".", "$"))]
+    named = [v.split(":")[0] for v in service["volumes"] if not v.startswith((".", "$", "/"))]
+    assert all(v.endswith(":ro") for v in service["volumes"] if v.startswith("/"))
     assert set(named) <= CONTENT["volumes"].keys()
+
+
+def test_prometheus_finds_what_it_is_to_ask() -> None:
+    config = yaml.safe_load((ROOT / "monitoring/prometheus.yml").read_text())
+    groups = [*config["scrape_configs"], *config["alerting"]["alertmanagers"]]
+    targets = [target for group in groups for each in group["static_configs"] for target in each["targets"]]
+    assert (
+        {target.split(":")[0] for target in targets} == {"server", "node-exporter", "alertmanager"} <= SERVICES.keys()
+    )
 
 
 @pytest.mark.system
