@@ -6,14 +6,18 @@ in the image of the tools, so that nothing is fetched while an image is built.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -27,7 +31,31 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 IMAGES = Path(tempfile.gettempdir()) / "pawl-images-bookworm"
 BASE, TOOLS, SERVE = "pawl-base:test", "pawl-tools:test", "pawl-serve:test"
-PACKAGES = {"base": "python3,ca-certificates", "tools": "python3,python3-pip,g++,binutils,ca-certificates"}
+PACKAGES = {
+    "base": "python3,ca-certificates",
+    "tools": "python3,python3-pip,g++,binutils,ca-certificates",
+    "services": "postgresql,prometheus,prometheus-alertmanager,prometheus-node-exporter",
+}
+# What the public images of these names do when they start, as far as the compose file relies on it.
+POSTGRES = """set -eu
+export PATH="/usr/lib/postgresql/15/bin:$PATH" DATA=/var/lib/postgresql/data LANG=C.UTF-8
+chown postgres "$DATA" && chmod 700 "$DATA"
+as() { su postgres -s /bin/sh -c "$1"; }
+if [ ! -f "$DATA/PG_VERSION" ]; then
+    (umask 077 && printf %s "$POSTGRES_PASSWORD" > /tmp/password && chown postgres /tmp/password)
+    as "initdb -D $DATA -U $POSTGRES_USER --pwfile=/tmp/password --auth-local=trust --auth-host=scram-sha-256"
+    echo "host all all all scram-sha-256" >> "$DATA/pg_hba.conf"
+    as "echo 'CREATE DATABASE $POSTGRES_DB' | postgres --single -D $DATA postgres"
+fi
+exec su postgres -s /bin/sh -c "exec postgres -D $DATA -k /tmp -h '*'"
+"""
+NOBODY = 'FROM pawl-services:test\nRUN mkdir -p /{0} && chown nobody /{0}\nUSER nobody\nENTRYPOINT ["{1}"]\n'
+SERVICES = {
+    "postgres": 'FROM pawl-services:test\nENV PGHOST=/tmp\nCOPY start.sh /start.sh\nENTRYPOINT ["sh", "/start.sh"]\n',
+    "prometheus": NOBODY.format("prometheus", "prometheus"),
+    "alertmanager": NOBODY.format("alertmanager", "prometheus-alertmanager"),
+    "node_exporter": NOBODY.format("textfile", "prometheus-node-exporter"),
+}
 OFFLINE = ["--iptables=false", "--bridge=none", "--ip-forward=false", "--ip-masq=false"]
 TOOLS_FILE = """FROM pawl-debian:test
 COPY . /wheels
@@ -81,6 +109,20 @@ def engine(debian: Path) -> Iterator[str]:
         process.wait(60)
         subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True, check=False)  # it leaves that
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def services(engine: str, debian: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The compose file's variables for images that stand in for the public ones."""
+    client = docker.DockerClient(base_url=engine, timeout=600, version="1.41")
+    client.api.import_image(str(debian / "services.tar"), repository="pawl-services", tag="test")
+    for name, dockerfile in SERVICES.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "Dockerfile").write_text(dockerfile)
+        (folder / "start.sh").write_text(POSTGRES)
+        client.images.build(path=str(folder), tag=f"{name}:test", rm=True, network_mode="none")
+    client.close()
+    return {f"{name.upper()}_IMAGE": f"{name}:test" for name in SERVICES} | {"PAWL_IMAGE": SERVE}
 
 
 def answers(address: str) -> bool:
@@ -144,3 +186,82 @@ def test_a_model_is_an_image_and_is_pushed(deploy: Deploy, artifact: Path, tmp_p
     finally:
         registry.terminate()
         registry.wait(30)
+
+
+class Compose:
+    """The compose file as it stands, but for images and ports."""
+
+    def __init__(self, engine: str, images: dict[str, str], artifact: Path, textfile: Path) -> None:
+        self.ports = {name: free_port() for name in ("HTTP_PORT", "GRPC_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")}
+        given = {
+            "DOCKER_HOST": engine,
+            "MODEL": str(artifact),
+            "TEXTFILE": str(textfile),
+            "POSTGRES_PASSWORD": "secret",
+        }
+        given |= {name: str(port) for name, port in self.ports.items()}
+        self._environment = {**os.environ, **images, **given, "GRAFANA_PASSWORD": "secret"}
+
+    def __call__(self, *words: str) -> str:
+        files = ["-f", "deploy/compose.yaml", "--project-directory", ".", "--project-name", "pawltest"]
+        return run("docker-compose", *files, *words, cwd=ROOT, env=self._environment)
+
+    def get(self, port: str, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[port]}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        url, headers = f"http://127.0.0.1:{self.ports['HTTP_PORT']}{path}", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60
+        ) as answer:
+            return json.load(answer)
+
+    def until(self, found: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                if found():
+                    return
+            assert time.monotonic() < deadline, self("logs", "--tail", "20")
+            time.sleep(0.2)
+
+
+def test_the_compose_file_comes_up(
+    built: str, services: dict[str, str], engine: str, artifact: Path, tmp_path: Path
+) -> None:
+    """All of it but Grafana, which Debian does not have."""
+    (tmp_path / "textfile").mkdir()
+    (tmp_path / "textfile" / "loop.prom").write_text("pawl_test_gauge 7\n")
+    for folder in (tmp_path, *tmp_path.parents[:1]):
+        folder.chmod(0o755)
+    compose = Compose(engine, services, artifact, tmp_path / "textfile")
+    names = ["server", "postgres", "prometheus", "alertmanager", "node-exporter"]
+    try:
+        compose("up", "--detach", *names)
+        compose.until(lambda: bool(compose.get("HTTP_PORT", "/v1/models")["data"]))
+        answer = compose.post("/v1/completions", {"prompt": "one two", "max_tokens": 4})
+        stored = compose.post("/v1/feedback", {"inference_id": answer["id"], "metric_name": "thumbs", "value": True})
+        query = f"SELECT count(*) FROM feedback WHERE id = '{stored['feedback_id']}'"
+        assert compose("exec", "-T", "postgres", "psql", "-U", "pawl", "-d", "pawl", "-tAc", query).strip() == "1"
+
+        def value(metric: str) -> list[str]:
+            found = compose.get("PROMETHEUS_PORT", f"/api/v1/query?query={metric}")["data"]["result"]
+            return sorted(each["value"][1] for each in found)
+
+        compose.until(lambda: value("up") == ["1", "1"])
+        compose.until(lambda: value("pawl_test_gauge") == ["7"])
+        rules = compose.get("PROMETHEUS_PORT", "/api/v1/rules")["data"]["groups"]
+        assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+        assert compose.get("PROMETHEUS_PORT", "/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
+        assert compose.get("ALERTMANAGER_PORT", "/api/v2/status")["config"]["original"]
+        compose("stop")
+        client = docker.DockerClient(base_url=engine, version="1.41")
+        ended = {
+            c.labels["com.docker.compose.service"]: c.attrs["State"]["ExitCode"]
+            for c in client.containers.list(all=True)
+        }
+        client.close()
+        assert [ended[name] for name in ("server", "prometheus", "alertmanager")] == [0, 0, 0]
+    finally:
+        compose("down", "--volumes", "--timeout", "10")
