@@ -30,8 +30,9 @@ from compress import speed
 from compress.checkpoint import Checkpoint
 from compress.corpus import make_corpus, sides_of
 from compress.families import describe
-from compress.prune import compare
+from compress.prune import means
 from compress.quantize import Options
+from compress.reading import read
 from compress.reference import Reference
 from compress.runners import forms_here
 from proto.manifest import WEIGHTS, load
@@ -70,9 +71,9 @@ def perplexities(checkpoint: Path, others: Sequence[Path]) -> tuple[float, list[
         source = Checkpoint(path)
         return Reference(source, describe(source), windows, threads=threads)
 
-    whole = reading(checkpoint)
-    found = [compare(whole, reading(path), windows) for path in others]
-    return compare(whole, whole, windows)[0], [{"perplexity": p, "kl": kl} for p, kl in found]
+    exact, scores = read(reading(checkpoint), {path.name: reading(path) for path in others}, windows)
+    found = [means(tables) for tables in scores.values()]
+    return means(exact)[0], [{"perplexity": p, "kl": kl} for p, kl in found]
 
 
 def learning_curve(run: Path) -> list[dict[str, float]]:

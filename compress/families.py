@@ -146,6 +146,11 @@ class Decoder:
         """The names of all matrix products, in the order of the graph."""
         return (*(f"layers.{i}.{role}" for i in range(self.num_layers) for role in self.roles), "head")
 
+    def check_window(self, window: int) -> None:
+        """Raises ValueError for more tokens of context than the model has."""
+        if window > self.max_position:
+            raise ValueError(f"--window {window} is beyond the model's {self.max_position} tokens; give less")
+
     def shape(self, role: str) -> tuple[int, int]:
         """Outputs N and inputs K of `qkv`, `o`, `gate_up` or `fc`, `down`, or `head`."""
         width = self.num_heads * self.head_size

@@ -13,7 +13,7 @@ from typing import Generic
 from compress import generations
 from compress.budget import Budget
 from compress.generations import Same
-from compress.reading import MakeReference, Name, read
+from compress.reading import MakeReference, Name, RunnerReference, read
 from compress.runners import Streams
 from compress.scores import FIGURES, REFERENCE_FIGURES, Measured, Table, measure
 from proto.manifest import Form, GateReport
@@ -48,7 +48,8 @@ def examine(
 
     `progress` is told once a window, and once an answer of each candidate.
     """
-    exact, scores = read(make_reference(windows), candidates, windows, progress)
+    readers = {name: RunnerReference(streams.runner, windows) for name, streams in candidates.items()}
+    exact, scores = read(make_reference(windows), readers, windows, progress)
     prompts = generations.prompts_of(windows)
     answers = {name: generations.generate(streams, prompts, eos) for name, streams in candidates.items()}
     pairs = [pair for found in answers.values() for pair in zip(prompts, found, strict=True)]

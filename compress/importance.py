@@ -25,6 +25,7 @@ from compress.checkpoint import Checkpoint, Floats
 from compress.families import Decoder
 from compress.levels import TINY
 from compress.pruned import Indices, Kept
+from compress.rounding import damped
 from compress.weights import Weights
 from train.flops import Dimensions
 
@@ -86,7 +87,7 @@ def elimination_order(weight: Floats, moment: Floats, block: int = 1) -> Indices
     `moment` [K, K] is that of the inputs. The blocks whose loss costs least are left out in turn, and the weight and
     the inverse moment brought to what is best without them: that is Gaussian elimination.
     """
-    rest, inverse = weight.astype(np.float64), np.linalg.inv(damped(moment))
+    rest, inverse = weight.astype(np.float64), np.linalg.inv(damped(moment, DAMPING))
     left = np.arange(weight.shape[1] // block)
     each_round = max(1, -(-len(left) // ROUNDS))
     gone: list[Indices] = []
@@ -110,10 +111,3 @@ def _errors(weight: NDArray[Any], inverse: NDArray[Any], block: int) -> NDArray[
         return errors
     blocks = [slice(at, at + block) for at in range(0, weight.shape[1], block)]
     return np.array([(weight[:, b].T * np.linalg.solve(inverse[b, b], weight[:, b].T)).sum() for b in blocks])
-
-
-def damped(moment: Floats) -> NDArray[np.float64]:
-    """float64, with a share of the mean diagonal added to it."""
-    wide = moment.astype(np.float64)
-    wide[np.diag_indices_from(wide)] += DAMPING * np.diag(wide).mean() + TINY
-    return wide

@@ -22,9 +22,9 @@ from compress.corpus import make_corpus, sides_of
 from compress.families import Decoder, describe
 from compress.importance import measure
 from compress.pruned import Kept, PrunedCheckpoint, has_free_width
-from compress.reading import CHUNK
+from compress.reading import read
 from compress.reference import Reference
-from compress.scores import KL, NLL, score_rows, shorten
+from compress.scores import KL, NLL, Table, shorten
 from compress.shapes import PruneOptions, Size, bytes_per_token, candidates, total_parameters
 from serve.tokenizer import Tokenizer
 from train.export import add_companions
@@ -43,8 +43,7 @@ def prune(source: Path, target: Path, size: Size, options: PruneOptions, *, thre
     refuse_existing(target)
     whole = Checkpoint(source)
     decoder = describe(whole)
-    if options.window > decoder.max_position:
-        raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
+    decoder.check_window(options.window)
     full = dimensions(AutoConfig.from_pretrained(source, local_files_only=True))
     shapes = candidates(full, size, free_width=has_free_width(decoder.family))
     for_calibration, for_judging = sides_of(options.text)
@@ -59,10 +58,9 @@ def prune(source: Path, target: Path, size: Size, options: PruneOptions, *, thre
     kept = importance.kept(shape)
     small = PrunedCheckpoint(whole, decoder, kept)
     expected = Reference(whole, decoder, held_out.windows, threads=threads)
-    perplexity, kl = compare(
-        expected, Reference(small, describe(small), held_out.windows, threads=threads), held_out.windows
-    )
-    before, _ = compare(expected, expected, held_out.windows)
+    found = Reference(small, describe(small), held_out.windows, threads=threads)
+    exact, scores = read(expected, {"pruned": found}, held_out.windows)
+    (before, _), (perplexity, kl) = means(exact), means(scores["pruned"])
     training = {
         "objective": "prune",
         "parent": whole.digest,
@@ -117,14 +115,14 @@ def choose(
 
 def compare(expected: Reference, found: Reference, windows: Sequence[Sequence[int]]) -> tuple[float, float]:
     """The perplexity of `found`, and KL(expected || found) a token."""
-    tables = []
-    for number, window in enumerate(windows):
-        for start in range(0, len(window) - 1, CHUNK):
-            end = min(start + CHUNK, len(window) - 1)
-            exact, other = (model.log_probabilities(number, start, end) for model in (expected, found))
-            tables.append(score_rows(exact, other, np.asarray(window[start + 1 : end + 1])))
-    means = np.concatenate(tables).mean(axis=0)
-    return float(np.exp(means[NLL])), float(means[KL])
+    _, scores = read(expected, {"found": found}, windows)
+    return means(scores["found"])
+
+
+def means(tables: Sequence[Table]) -> tuple[float, float]:
+    """Perplexity, and KL a token, of the scores of all windows."""
+    found = np.concatenate(tables).mean(axis=0)
+    return float(np.exp(found[NLL])), float(found[KL])
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -106,8 +106,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     refuse_existing(target)
     checkpoint = Checkpoint(source)
     decoder = describe(checkpoint)
-    if options.window > decoder.max_position:
-        raise ValueError(f"--window {options.window} is beyond the model's {decoder.max_position} tokens; give less")
+    decoder.check_window(options.window)
     recipe = make_recipe(options.recipe or RECIPES_OF[options.target][0], decoder)
     check_target(recipe, options.target)
     kv_cache = cache_type(options.kv, recipe)

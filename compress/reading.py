@@ -1,4 +1,4 @@
-"""Text read by artifacts beside their reference, in chunks, as it is served."""
+"""Text read by models beside their reference, in chunks, as it is served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from compress.runners import Streams
 from compress.scores import Table, log_softmax, score_rows
 from serve.block_cache import blocks_for
 from serve.plan import Floats, Plan, Runner
@@ -54,9 +53,9 @@ class RunnerReference:
 
 def read(
     reference: Reference,
-    candidates: Mapping[Name, Streams],
+    candidates: Mapping[Name, Reference],
     windows: Sequence[Sequence[int]],
-    progress: Callable[[], None],
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[list[Table], dict[Name, list[Table]]]:
     """The scores of the reference and of each candidate, by window. `progress` is told once a window."""
     exact: list[Table] = []
@@ -69,8 +68,9 @@ def read(
             targets = np.asarray(window[start + 1 : end + 1])
             expected = reference.log_probabilities(number, start, end)
             chunks.append(score_rows(expected, expected, targets))
-            for name, streams in candidates.items():
-                found[name].append(score_rows(expected, score(streams.runner, window, start, end), targets))
+            for name, candidate in candidates.items():
+                rows = candidate.log_probabilities(number, start, end)
+                found[name].append(score_rows(expected, rows, targets))
         exact.append(np.concatenate(chunks))
         for name, tables in found.items():
             scores[name].append(np.concatenate(tables))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress.checkpoint import Floats
 from compress.levels import LEVELS, TINY, Weight4, Weight8, nearest_levels, round_by_group
@@ -76,7 +77,12 @@ def feedback(hessian: Floats) -> Floats:
 
     The unit upper factor U of the damped hessian U D U^T.
     """
-    damped = hessian.astype(np.float64)
-    damped[np.diag_indices_from(damped)] += DAMPING * np.diag(damped).mean() + TINY
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    upper = np.linalg.cholesky(damped(hessian, DAMPING)[::-1, ::-1])[::-1, ::-1]
     return (upper / np.diag(upper)).astype(np.float32)
+
+
+def damped(moment: Floats, share: float) -> NDArray[np.float64]:
+    """float64, with a share of the mean diagonal added to it."""
+    wide = moment.astype(np.float64)
+    wide[np.diag_indices_from(wide)] += share * np.diag(wide).mean() + TINY
+    return wide

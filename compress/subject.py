@@ -22,7 +22,7 @@ from compress.native import has_native_form
 from compress.perturbation import Perturbation, perturb_head, perturb_layer
 from compress.product_errors import ErrorMeter
 from compress.quantize import Options, make_treat
-from compress.reading import read
+from compress.reading import RunnerReference, read
 from compress.reference import Reference
 from compress.runners import open_streams
 from compress.scores import FIGURES, measure
@@ -44,9 +44,7 @@ class Subject:
         self.checkpoint = Checkpoint(source)
         self.decoder = describe(self.checkpoint)
         self.precisions = native_precisions()
-        if options.window > self.decoder.max_position:
-            most = self.decoder.max_position
-            raise ValueError(f"--window {options.window} is beyond the model's {most} tokens; give less")
+        self.decoder.check_window(options.window)
         if not has_native_form(self.decoder, Recipe(name="", default=self.precisions[0])):
             raise ValueError(
                 f"{source} has no native form, which search measures: its activation is {self.decoder.activation!r}. "
@@ -90,8 +88,10 @@ class Subject:
             treat = make_treat(self.checkpoint, self.decoder, recipe, self.calibration, meter, ROUNDING, threads)
             architecture = build(self.checkpoint, directory, recipe, treat=treat, max_context=window)
             streams = open_streams(directory, "native", architecture, streams=1, capacity=window, threads=threads)
-            with tqdm(total=len(self.validation.windows), desc="judge", unit="window", disable=None) as bar:
-                exact, scores = read(self._reference, {"native": streams}, self.validation.windows, bar.update)
+            windows = self.validation.windows
+            native = RunnerReference(streams.runner, windows)
+            with tqdm(total=len(windows), desc="judge", unit="window", disable=None) as bar:
+                exact, scores = read(self._reference, {"native": native}, windows, bar.update)
         found = measure(exact, scores["native"], FIGURES)
         return Judged(found.metrics, found.intervals)
 

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from compress.quantize import Options, quantize
 from deploy.snapshot import Snapshot, snapshot
 from monitoring import textfile
 from monitoring.drift import compare
@@ -30,7 +29,7 @@ from proto.manifest import MANIFEST, load
 from serve.store import open_store
 from tests.monitoring.exported import cycle_gauges
 from tests.serve.registries import Registry
-from tests.serve.tiny import TEXT, Server, make_checkpoint, start_server, stop_server
+from tests.serve.tiny import Server, make_artifact, start_server, stop_server
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 240
@@ -50,11 +49,7 @@ def until(found: Callable[[], T]) -> T:
 
 def make_registry(root: Path) -> Path:
     """A current version, and a candidate of the same weights with a share of the traffic."""
-    make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, force=True)
-    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
-    shutil.copytree(root / "tiny", root / "other")
+    shutil.copytree(make_artifact(root, measure=True), root / "other")
     manifest = load(root / "other")
     lineage = msgspec.structs.replace(manifest.lineage, command="another")
     (root / "other" / MANIFEST).write_bytes(artifacts.encode(msgspec.structs.replace(manifest, lineage=lineage)))

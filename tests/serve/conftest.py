@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from bench.postgres import Postgres, running
-from compress.quantize import Options, quantize
 from proto.manifest import Manifest, load
 from serve.choices import Block, Choices
 from serve.engine import Engine
@@ -19,17 +18,12 @@ from serve.runner import StockRunner, open_session
 from serve.scheduler import Scheduler
 from serve.slot_cache import SlotCache
 from serve.tokenizer import Tokenizer
-from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, Server, deliver, make_checkpoint, start_server, stop_server
+from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, Server, deliver, make_artifact, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("artifact")
-    make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, force=True)
-    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
-    return root / "tiny"
+    return make_artifact(tmp_path_factory.mktemp("artifact"), measure=True)
 
 
 @pytest.fixture(scope="session")

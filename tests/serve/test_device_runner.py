@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from compress.quantize import Options, quantize
 from proto.manifest import Manifest, load
 from serve import device_memory
 from serve.choices import SettingsError, choose, kv_budget
@@ -26,7 +25,7 @@ from serve.sampler import Sampler, logprob, prompt_logprobs
 from serve.settings import Settings, parse_settings
 from serve.tokenizer import Tokenizer
 from tests.serve.devices import DEVICES
-from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, ask, deliver, finish, make_checkpoint
+from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, ask, deliver, finish, make_artifact
 
 GPU = Device("cuda", 1)
 MakeRunner = Callable[[int], DeviceRunner]
@@ -34,12 +33,7 @@ MakeRunner = Callable[[int], DeviceRunner]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cuda")
-    make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(target="cuda", text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2)
-    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
-    return root / "tiny"
+    return make_artifact(tmp_path_factory.mktemp("cuda"), target="cuda", force=False, measure=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from compress.quantize import Options, quantize
 from compress.reading import score
 from proto.manifest import NATIVE_GRAPH, Manifest, load
 from serve.block_cache import BlockCache
@@ -26,7 +25,7 @@ from serve.request import Request, TokenLogprob
 from serve.runner import StockRunner, open_session
 from serve.scheduler import Scheduler
 from serve.tokenizer import Tokenizer
-from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, ListChannel, ask, deliver, finish
+from tests.serve.tiny import CAPACITY, CHUNK, SLOTS, TEXT, ListChannel, ask, deliver, finish, quantize_tiny
 
 NUM_BLOCKS = 40
 TOP = 5
@@ -67,20 +66,8 @@ def make_native(artifact: Path, manifest: Manifest) -> MakeEngine:
 @pytest.fixture(scope="module")
 def exact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in full precision."""
-    root = tmp_path_factory.mktemp("exact")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(
-        recipe="fp32",
-        kv="fp32",
-        text=root / "text.txt",
-        window=64,
-        calibration_windows=4,
-        held_out_windows=2,
-        force=True,
-        measure=False,
-    )
-    quantize(artifact.parent / "checkpoint", root / "exact", options, command="test", threads=2)
-    return root / "exact"
+    target = tmp_path_factory.mktemp("exact") / "exact"
+    return quantize_tiny(artifact.parent / "checkpoint", target, recipe="fp32", kv="fp32")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from compress.quantize import Options, quantize
 from proto import inference_pb2 as pb
 from proto import manifest as artifacts
 from proto.manifest import MANIFEST, load
@@ -24,7 +23,7 @@ from serve.settings import Settings
 from tests.serve.fakes import run
 from tests.serve.registries import Registry
 from tests.serve.test_server import Clients, chats, clients, refusal_of
-from tests.serve.tiny import CAPACITY, SLOTS, TEXT, Server, start_server, stop_server
+from tests.serve.tiny import CAPACITY, SLOTS, Server, quantize_tiny, start_server, stop_server
 
 CLIENTS = 9
 DEADLINE_SECONDS = 60
@@ -33,13 +32,8 @@ DEADLINE_SECONDS = 60
 @pytest.fixture(scope="module")
 def second(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with other weights: it answers otherwise."""
-    root = tmp_path_factory.mktemp("second")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(
-        recipe="w4a8", text=root / "text.txt", window=64, calibration_windows=2, held_out_windows=2, force=True
-    )
-    quantize(artifact.parent / "checkpoint", root / "tiny", options, command="test", threads=2)
-    return root / "tiny"
+    target = tmp_path_factory.mktemp("second") / "tiny"
+    return quantize_tiny(artifact.parent / "checkpoint", target, recipe="w4a8", calibration_windows=2, measure=True)
 
 
 def publish(registry: Registry, artifact: Path, number: int = 0) -> str:

@@ -63,15 +63,20 @@ def make_checkpoint(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def make_artifact(root: Path) -> Path:
-    """The checkpoint, quantized; `root` must be there."""
+def make_artifact(root: Path, /, **options: Any) -> Path:
+    """The checkpoint, quantized with these options; `root` must be there."""
     make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    options = Options(
-        text=root / "text.txt", window=64, calibration_windows=4, held_out_windows=2, force=True, measure=False
-    )
-    quantize(root / "checkpoint", root / "tiny", options, command="test", threads=2)
-    return root / "tiny"
+    return quantize_tiny(root / "checkpoint", root / "tiny", **options)
+
+
+def quantize_tiny(checkpoint: Path, target: Path, /, **options: Any) -> Path:
+    """On little text, which is left beside `target`; fast, and whatever the gate says, unless options say otherwise."""
+    text = target.with_name("text.txt")
+    text.write_text(TEXT * 4)
+    usual = {"text": text, "window": 64, "calibration_windows": 4, "held_out_windows": 2}
+    usual |= {"force": True, "measure": False}
+    quantize(checkpoint, target, Options(**{**usual, **options}), command="test", threads=2)
+    return target
 
 
 @dataclass

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.quantize import Options as Recipe
-from compress.quantize import quantize
-from tests.serve.tiny import CAPACITY, TEXT, make_checkpoint, start_server, stop_server
+from tests.serve.tiny import CAPACITY, TEXT, make_artifact, start_server, stop_server
 from train import evaluation
 from train.evaluation.command import evaluate
 from train.evaluation.options import Options
@@ -30,19 +28,8 @@ FILES = {
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A checkpoint's directory and a server's URL. In float32, so that the two ends are one model."""
     root = tmp_path_factory.mktemp("ends")
-    make_checkpoint(root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
-    recipe = Recipe(
-        recipe="fp32",
-        kv="fp32",
-        text=root / "text.txt",
-        window=64,
-        calibration_windows=4,
-        held_out_windows=2,
-        measure=False,
-    )
-    quantize(root / "checkpoint", root / "tiny", recipe, command="test", threads=2)
-    server = start_server(root / "tiny", root / "records.sqlite", "--form", "stock")
+    tiny = make_artifact(root, recipe="fp32", kv="fp32", force=False)
+    server = start_server(tiny, root / "records.sqlite", "--form", "stock")
     yield root / "checkpoint", server.http_url
     assert stop_server(server) == 0
 
