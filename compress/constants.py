@@ -13,7 +13,9 @@
 | `positions.weight`                           | float32 [context, hidden]                                        |
 
 Products are `layers.{i}.{qkv, o, gate_up or fc, down}` and `head`, the norms `layers.{i}.attention_norm`,
-`layers.{i}.mlp_norm` and `final_norm`. Where activations have 16 bits, all that is float32 here is of their type.
+`layers.{i}.mlp_norm`, where the family has them `layers.{i}.attention_post_norm` and `layers.{i}.mlp_post_norm`, and
+`final_norm`. Layers with a window may have tables of their own, `rope.local.cos` and `.sin`.
+Where activations have 16 bits, all that is float32 here is of their type.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ WeightHook = Callable[[str, Floats], Rounded | None]
 def write_positions(file: WeightStore, decoder: Decoder, weights: Weights, max_context: int) -> None:
     """What tells positions apart: rotary tables, or learned embeddings."""
     d = decoder
-    if d.rope:
-        for name, table in zip(("cos", "sin"), tables(d.rope, d.head_size, d.max_position, max_context), strict=True):
-            file.add(f"rope.{name}", table)
-    else:
+    for name, rope in d.ropes.items():
+        cos, sin = tables(rope, d.head_size, d.max_position, max_context)
+        file.add(f"{name}.cos", cos)
+        file.add(f"{name}.sin", sin)
+    if d.family.positions:
         file.add("positions.weight", weights.positions(max_context))
 
 
@@ -78,6 +81,9 @@ def write_layer(
         if template:
             file.add(f"layers.{layer}.{kind}.weight", weights.head_norm(template, layer))
     _write_tensors(file, f"layers.{layer}.mlp_norm", weights.mlp_norm(layer))
+    for kind, template in (("attention", d.family.attention_post_norm), ("mlp", d.family.mlp_post_norm)):
+        if template:
+            file.add(f"layers.{layer}.{kind}_post_norm.weight", weights.post_norm(template, layer))
     for role in d.roles:
         _write_product(file, decoder, weights, recipe, layer, role, hook)
 

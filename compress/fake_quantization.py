@@ -157,7 +157,7 @@ def fake_quantize(
             (decoder.family.attention_norm, weights.attention_norm(layer)),
             (decoder.family.mlp_norm, weights.mlp_norm(layer)),
         ):
-            _fill(network.get_submodule(prefix + norm.format(i=layer)), *tensors)
+            _fill_norm(network.get_submodule(prefix + norm.format(i=layer)), tensors, decoder)
         for role, templates in modules.items():
             product = f"layers.{layer}.{role}"
             precision = precision_of(recipe, product)
@@ -213,7 +213,7 @@ def _fake_ends(
     family, precision = decoder.family, precision_of(recipe, "head")
     prefix = family.prefixes[0]
     norm = network.get_submodule(prefix + family.final_norm)
-    _fill(norm, *weights.final_norm())
+    _fill_norm(norm, weights.final_norm(), decoder)
     embedding: Any = network.get_submodule(prefix + family.embedding)
     if head is not None:
         matrix = meant(head, precision)
@@ -226,6 +226,11 @@ def _fake_ends(
             embedding.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(looked_up)), requires_grad=False)
     if not decoder.tied and not is_float_embedding(recipe):
         _fill(embedding, meant(round_to_nearest(weights.embedding()), W8A8))
+
+
+def _fill_norm(module: nn.Module, tensors: Tensors, decoder: Decoder) -> None:
+    weight, bias = tensors
+    _fill(module, weight - decoder.family.norm_offset, bias)
 
 
 def _fill(module: nn.Module, weight: Floats, bias: Floats | None = None) -> nn.Module:

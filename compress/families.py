@@ -6,11 +6,13 @@ To add a family, describe it here and add its tiny model to the tests: nothing e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from compress.checkpoint import Checkpoint, CheckpointError
+from compress.configuration import Windows, eos_of, ropes_of, window_of
 from proto.manifest import Architecture
 
 # The names that most configurations give to the numbers; a family overrides those that it calls otherwise.
@@ -23,6 +25,7 @@ LLAMA_KEYS: Mapping[str, str] = {
     "epsilon": "rms_norm_eps",
     "activation": "hidden_act",
 }
+GEMMA3_KEYS: Mapping[str, str] = {**LLAMA_KEYS, "activation": "hidden_activation"}
 GPT2_KEYS: Mapping[str, str] = {
     "num_layers": "n_layer",
     "num_heads": "n_head",
@@ -46,7 +49,11 @@ class Family:
     norm: Literal["rms", "layer"] = "rms"
     attention_norm: str = "layers.{i}.input_layernorm"
     mlp_norm: str = "layers.{i}.post_attention_layernorm"
+    attention_post_norm: str | None = None  # of what attention adds to the residual stream
+    mlp_post_norm: str | None = None
     final_norm: str = "norm"
+    norm_offset: float = 0.0  # what a norm multiplies by is its weight and this
+    scaled_embedding: bool = False  # token rows are multiplied by the square root of their length
     qkv: tuple[str, ...] = ("layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj")
     q_norm: str | None = None  # RMSNorm per head, before the rotary embedding
     k_norm: str | None = None
@@ -56,7 +63,7 @@ class Family:
     inputs_first: bool = False  # matrices are [in, out] (GPT-2's Conv1D), not [out, in]
     biases: frozenset[str] = frozenset()  # the products that always have one
     bias_switches: Mapping[str, frozenset[str]] = field(default_factory=dict)  # config key -> products it gives one
-    window: Literal["never", "every layer", "switched"] = "never"
+    window: Windows = "never"
     tied: bool = False  # where the configuration does not say
     keys: Mapping[str, str] = field(default_factory=lambda: LLAMA_KEYS)
     required: Mapping[str, object] = field(default_factory=dict)  # config values, where given, that alone are built
@@ -80,6 +87,25 @@ FAMILIES: Mapping[str, Family] = {
             bias_switches=ATTENTION_BIAS,
             q_norm="layers.{i}.self_attn.q_norm",
             k_norm="layers.{i}.self_attn.k_norm",
+        ),
+        Family(
+            name="gemma3_text",
+            norm_offset=1.0,
+            scaled_embedding=True,
+            window="by layer",
+            bias_switches=ATTENTION_BIAS,
+            q_norm="layers.{i}.self_attn.q_norm",
+            k_norm="layers.{i}.self_attn.k_norm",
+            mlp_norm="layers.{i}.pre_feedforward_layernorm",
+            attention_post_norm="layers.{i}.post_attention_layernorm",
+            mlp_post_norm="layers.{i}.post_feedforward_layernorm",
+            tied=True,
+            keys=GEMMA3_KEYS,
+            required={
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "use_bidirectional_attention": False,
+            },
         ),
         Family(
             name="gpt2",
@@ -128,6 +154,8 @@ class Decoder:
     biases: frozenset[str]
     windows: tuple[int | None, ...]  # by layer: keys that a query sees, itself included; None: all
     rope: Mapping[str, Any]  # empty with learned positions
+    local_rope: Mapping[str, Any]  # of the layers with a window, where it is another; else empty
+    attention_scale: float  # of the scores
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -145,6 +173,21 @@ class Decoder:
     def products(self) -> tuple[str, ...]:
         """The names of all matrix products, in the order of the graph."""
         return (*(f"layers.{i}.{role}" for i in range(self.num_layers) for role in self.roles), "head")
+
+    @property
+    def embedding_scale(self) -> float:
+        """What token rows are multiplied by, before the first layer."""
+        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else 1.0
+
+    @property
+    def ropes(self) -> Mapping[str, Mapping[str, Any]]:
+        """The rotary embeddings' settings, by the names of their tables."""
+        return {name: rope for name, rope in (("rope", self.rope), ("rope.local", self.local_rope)) if rope}
+
+    def rope_of(self, layer: int) -> str:
+        """The name of a layer's rotary tables; "" with learned positions."""
+        local = self.local_rope and self.windows[layer] is not None
+        return "rope.local" if local else "rope" if self.rope else ""
 
     def check_window(self, window: int) -> None:
         """Raises ValueError for more tokens of context than the model has."""
@@ -210,6 +253,8 @@ def describe(checkpoint: Checkpoint) -> Decoder:
     hidden_size, num_heads, num_layers = number("hidden_size"), number("num_heads"), number("num_layers")
     # GPT-2 leaves the inner size out when it is four times the hidden size.
     inner = config.get(family.keys["intermediate_size"]) or (4 * hidden_size if family.name == "gpt2" else None)
+    head_size = config.get("head_dim") or hidden_size // num_heads
+    rope, local_rope = ({}, {}) if family.positions else ropes_of(config)
     prefixes = [prefix for prefix in family.prefixes if f"{prefix}{family.embedding}.weight" in checkpoint.names]
     return Decoder(
         family=family,
@@ -217,7 +262,7 @@ def describe(checkpoint: Checkpoint) -> Decoder:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_size=config.get("head_dim") or hidden_size // num_heads,
+        head_size=head_size,
         hidden_size=hidden_size,
         intermediate_size=inner or number("intermediate_size"),
         vocab_size=number("vocab_size"),
@@ -226,36 +271,10 @@ def describe(checkpoint: Checkpoint) -> Decoder:
         activation=number("activation"),
         tied=config.get("tie_word_embeddings", family.tied),
         biases=family.biases.union(*(roles for key, roles in family.bias_switches.items() if config.get(key))),
-        windows=tuple(_window(family, config, layer) for layer in range(num_layers)),
-        rope={} if family.positions else _rope(config),
+        windows=tuple(window_of(family.window, config, layer) for layer in range(num_layers)),
+        rope=rope,
+        local_rope=local_rope,
+        attention_scale=(config.get("query_pre_attn_scalar") or head_size) ** -0.5,
         bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=_eos(config, checkpoint.generation),
+        eos_token_ids=eos_of(config, checkpoint.generation),
     )
-
-
-def _window(family: Family, config: Mapping[str, Any], layer: int) -> int | None:
-    window: int | None = config.get("sliding_window", 4096)  # transformers' value where the key is absent
-    if family.window == "every layer":
-        return window
-    if family.window == "never" or not config.get("use_sliding_window"):
-        return None
-    if layer_types := config.get("layer_types"):
-        return window if layer_types[layer] == "sliding_attention" else None
-    return window if layer >= config.get("max_window_layers", 0) else None
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`; before it, `rope_theta` and `rope_scaling` (with `type`)."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0)}
-    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    return rope
-
-
-def _eos(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Chat models name their end-of-turn token in the generation config alone: take both."""
-    found: dict[int, None] = {}
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        found |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(found)

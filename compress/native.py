@@ -5,7 +5,6 @@ Its constants are those of the stock graph, in the same file; compress/constants
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ ACTIVATIONS: Mapping[tuple[str, bool], int] = {
     ("silu", True): 1,
     ("gelu_new", False): 2,
     ("gelu_pytorch_tanh", False): 2,
+    ("gelu_new", True): 3,
+    ("gelu_pytorch_tanh", True): 3,
 }
 
 
@@ -60,10 +61,10 @@ class NativeGraph:
         x = self._embed()
         for i in range(d.num_layers):
             qkv = self._linear(f"layers.{i}.qkv", x, norm=f"layers.{i}.attention_norm")
-            x = self._linear(f"layers.{i}.o", self._attend(i, qkv), residual=x)
+            x = self._add(f"layers.{i}.o", f"layers.{i}.attention_post_norm", self._attend(i, qkv), x)
             activation = ACTIVATIONS[d.activation, d.family.gated]
             inner = self._linear(f"layers.{i}.{d.up}", x, norm=f"layers.{i}.mlp_norm", activation=activation)
-            x = self._linear(f"layers.{i}.down", inner, residual=x)
+            x = self._add(f"layers.{i}.down", f"layers.{i}.mlp_post_norm", inner, x)
         wanted = g.node("Gather", [x, "logits_rows"], "wanted")
         self._linear("head", wanted, norm="final_norm", output="logits")
         g.nodes("Select", ["logits", "temperature"], ["candidates", "total"], domain=PAWL)
@@ -76,7 +77,11 @@ class NativeGraph:
         matrix = "head" if d.tied else "embedding"
         rotate = int(d.tied and precision_of(self.recipe, "head").rotated)
         inputs = ["input_ids", f"{matrix}.weight", f"{matrix}.scale", "segments", g.stored("positions.weight")]
-        return self._node("Embed", inputs, "embedding", hidden=d.hidden_size, rotate=rotate)
+        x = self._node("Embed", inputs, "embedding", hidden=d.hidden_size, rotate=rotate)
+        if d.embedding_scale == 1:
+            return x
+        scale = g.shared("embedding.factor", np.array(d.embedding_scale, np.float32))
+        return g.node("Mul", [x, scale], "embedding.scaled")
 
     def _linear(
         self, name: str, x: str, *, norm: str = "", activation: int = 0, residual: str = "", output: str = ""
@@ -103,10 +108,17 @@ class NativeGraph:
         inputs = [x, f"{name}.weight", f"{name}.scale", third, *norms, g.stored(f"{name}.bias"), residual]
         return self._node(op, inputs, output or name, **attributes)
 
+    def _add(self, product: str, norm: str, x: str, residual: str) -> str:
+        """The residual stream with the product added to it, normed before if there is such a norm."""
+        if not (weight := self.graph.stored(f"{norm}.weight")):
+            return self._linear(product, x, residual=residual)
+        return self._node("AddNormed", [self._linear(product, x), weight, residual], norm, epsilon=self.decoder.epsilon)
+
     def _attend(self, layer: int, qkv: str) -> str:
         """[tokens, (heads + 2 kv_heads) head_size] -> [tokens, heads * head_size]."""
         g, d = self.graph, self.decoder
-        names = ("rope.cos", "rope.sin", f"layers.{layer}.q_norm.weight", f"layers.{layer}.k_norm.weight")
+        rope = d.rope_of(layer)
+        names = (f"{rope}.cos", f"{rope}.sin", f"layers.{layer}.q_norm.weight", f"layers.{layer}.k_norm.weight")
         return self._node(
             "Attend",
             [qkv, "cache", "segments", "blocks", *map(g.stored, names)],
@@ -118,7 +130,7 @@ class NativeGraph:
             interleaved=0,
             window=d.windows[layer] or 0,
             epsilon=d.epsilon,
-            scale=1 / math.sqrt(d.head_size),
+            scale=d.attention_scale,
         )
 
     def _hidden(self, x: str) -> None:

@@ -80,8 +80,8 @@ class PrunedCheckpoint(Checkpoint):
 
 
 def has_free_width(family: Family) -> bool:
-    """Whether heads and hidden channels can go: not where q, k and v are fused and the head size follows from both."""
-    return len(family.qkv) == 3
+    """Whether heads and hidden channels can go: not where the head size or the embedding's scale follows from them."""
+    return len(family.qkv) == 3 and not family.scaled_embedding
 
 
 def check_cut(decoder: Decoder, kept: Kept) -> None:
@@ -89,8 +89,8 @@ def check_cut(decoder: Decoder, kept: Kept) -> None:
     cut = len(kept.hidden) < decoder.hidden_size or any(len(x) < decoder.num_kv_heads for x in kept.groups)
     if cut and not has_free_width(decoder.family):
         raise CheckpointError(
-            f"{decoder.family.name} cannot lose heads or hidden channels, since its head size is the "
-            "one divided by the other; give --layers or --ffn"
+            f"{decoder.family.name} cannot lose heads or hidden channels, since its head size or the scale of its "
+            "embedding follows from them; give --layers or --ffn"
         )
 
 
@@ -102,7 +102,7 @@ def smaller_config(config: Mapping[str, Any], decoder: Decoder, kept: Kept) -> d
         small[keys["num_heads"]] = groups * (decoder.num_heads // decoder.num_kv_heads)
         small["num_key_value_heads"] = groups
         small["head_dim"] = decoder.head_size  # no longer what hidden size and heads would give
-    if decoder.family.window == "switched" and config.get("use_sliding_window"):  # layers of both kinds
+    if len(set(decoder.windows)) > 1:  # layers of both kinds
         windows = [decoder.windows[layer] for layer in kept.layers]
         small["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
     elif config.get("layer_types"):
@@ -151,9 +151,10 @@ def layer_modules(family: Family) -> list[Module]:
     def product(name: str, outputs: str, inputs: str) -> Module:
         return Module(name, (inputs, outputs) if family.inputs_first else (outputs, inputs), (outputs,))
 
-    rows = ("queries", "keys", "keys") if has_free_width(family) else (ALL,)
+    rows = ("queries", "keys", "keys") if len(family.qkv) == 3 else (ALL,)
+    norms = (family.attention_norm, family.mlp_norm, family.attention_post_norm, family.mlp_post_norm)
     return [
-        *(Module(norm, (NORM,), ("hidden",)) for norm in (family.attention_norm, family.mlp_norm)),
+        *(Module(norm, (NORM,), ("hidden",)) for norm in norms if norm),
         *(Module(norm, (ALL,)) for norm in (family.q_norm, family.k_norm) if norm),
         *(product(name, outputs, "hidden") for name, outputs in zip(family.qkv, rows, strict=True)),
         *(product(name, "inner", "hidden") for name in family.up),

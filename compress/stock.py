@@ -94,9 +94,9 @@ class StockGraph:
         """
         qkv, bias = self._product(layer, "qkv", normed)
         attention = self._attend(layer, self._add_bias(qkv, bias))
-        out, bias = self._product(layer, "o", attention)
+        out, bias = self._post_norm(layer, "attention", *self._product(layer, "o", attention))
         normed, residual = self._add_norm(residual, out, bias, f"layers.{layer}.mlp_norm")
-        return *self._mlp(layer, normed), residual
+        return *self._post_norm(layer, "mlp", *self._mlp(layer, normed)), residual
 
     def _embed(self, head: Operand) -> str:
         """The residual stream's start [batch, sequence, hidden]."""
@@ -116,6 +116,9 @@ class StockGraph:
             matrix = int8_rows(g, "embedding", d.shape("head"))
             levels = g.node("Gather", [matrix, "input_ids"], "embedding.levels")
             x = self._dequantize(levels, row_values(g, "embedding.scale", d.vocab_size))
+        if d.embedding_scale != 1:
+            scale = g.shared("embedding.factor", np.array(d.embedding_scale, self.floats))
+            x = g.node("Mul", [x, scale], "embedding.scaled")
         return self._add_positions(x) if d.family.positions else x
 
     def _gather_blocks(self, head: Operand, precision: Precision) -> str:
@@ -186,6 +189,13 @@ class StockGraph:
         y = multiply(g, name, x, operand, precision, shape, accuracy_level=level)
         return y, g.stored(f"{name}.bias")
 
+    def _post_norm(self, layer: int, part: str, y: str, bias: str) -> tuple[str, str]:
+        """What attention or the MLP adds to the residual stream, and a bias to add to it, normed if there is a norm."""
+        name = f"layers.{layer}.{part}_post_norm"
+        if not self.graph.stored(f"{name}.weight"):
+            return y, bias
+        return self._norm(self._add_bias(y, bias), name), ""
+
     def _add_bias(self, y: str, bias: str) -> str:
         return self.graph.node("Add", [y, bias], f"{y}.biased") if bias else y
 
@@ -219,8 +229,9 @@ class StockGraph:
         heads = self._norm_heads(layer, qkv) if d.family.q_norm else [qkv, "", ""]
         inputs = [*heads, *caches, "seqlens_k", "total_sequence_length"]
         attributes: dict[str, int | float | str] = {"num_heads": d.num_heads, "kv_num_heads": d.num_kv_heads}
-        if d.rope:
-            inputs += ["rope.cos", "rope.sin"]
+        attributes["scale"] = d.attention_scale
+        if rope := d.rope_of(layer):
+            inputs += [f"{rope}.cos", f"{rope}.sin"]
             attributes["do_rotary"] = 1
         if window := d.windows[layer]:
             attributes["local_window_size"] = window

@@ -68,7 +68,11 @@ class Weights:
 
     def head_norm(self, template: str, layer: int) -> Floats:
         """The RMSNorm weight of one query or key head, [head_size]."""
-        return self._read(f"{self._decoder.prefix}{template.format(i=layer)}.weight", (self._decoder.head_size,))
+        return self._norm_weight(template.format(i=layer), self._decoder.head_size)
+
+    def post_norm(self, template: str, layer: int) -> Floats:
+        """The weight of an RMSNorm behind attention or the MLP, [hidden]."""
+        return self._norm_weight(template.format(i=layer), self._decoder.hidden_size)
 
     def product(self, layer: int, role: str) -> Tensors:
         """Weight [N, K] and bias [N] of `qkv`, `o`, `gate_up` or `fc`, or `down`, migrated."""
@@ -110,16 +114,20 @@ class Weights:
         return fused
 
     def _norm(self, module: str, product: str) -> Tensors:
-        size = (self._decoder.hidden_size,)
-        weight = self._read(f"{self._decoder.prefix}{module}.weight", size)
-        bias = (
-            self._read(f"{self._decoder.prefix}{module}.bias", size) if self._decoder.family.norm == "layer" else None
-        )
+        d = self._decoder
+        weight = self._norm_weight(module, d.hidden_size)
+        bias = self._read(f"{d.prefix}{module}.bias", (d.hidden_size,)) if d.family.norm == "layer" else None
         if (scale := self._scales.get(product)) is not None:
             weight /= scale
             if bias is not None:
                 bias /= scale
         return weight, bias
+
+    def _norm_weight(self, module: str, size: int) -> Floats:
+        """What the norm multiplies by."""
+        d = self._decoder
+        weight = self._read(f"{d.prefix}{module}.weight", (size,))
+        return weight + np.float32(d.family.norm_offset) if d.family.norm_offset else weight
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Floats:
         tensor = self._checkpoint.read(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from train.errors import TrainError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2")
 CHINCHILLA = 20  # tokens a parameter at which compute is best spent (Hoffmann et al. 2022, table 3)
 
 
@@ -27,6 +27,7 @@ class Dimensions:
     learned_positions: int = 0
     gated: bool = True
     head_norms: bool = False  # of q and k, as in Qwen3
+    post_norms: bool = False  # behind attention and the MLP too, as in Gemma 3
     layer_norm: bool = False  # with a bias, rather than RMSNorm
     qkv_bias: bool = False
     output_bias: bool = False
@@ -88,7 +89,8 @@ def dimensions(config: Any) -> Dimensions:
         kv_heads=config.num_key_value_heads,
         head_size=config.head_dim if getattr(config, "head_dim", None) else width // heads,
         inner=config.intermediate_size,
-        head_norms=family == "qwen3",
+        head_norms=family in ("qwen3", "gemma3_text"),
+        post_norms=family == "gemma3_text",
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
@@ -105,7 +107,7 @@ def parameters(config: Any) -> Counts:
     matrices = layer_matrices(shape)
     biases = shape.qkv_bias * (shape.queries + 2 * shape.keys) + shape.output_bias * shape.width
     biases += shape.mlp_bias * (up * shape.inner + shape.width)
-    layer = matrices + biases + 2 * norm + shape.head_norms * 2 * shape.head_size
+    layer = matrices + biases + (4 if shape.post_norms else 2) * norm + shape.head_norms * 2 * shape.head_size
     table = shape.vocabulary * shape.width
     embedding = table + shape.learned_positions * shape.width
     return Counts(

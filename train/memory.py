@@ -77,8 +77,10 @@ def activations_per_token(shape: Dimensions) -> int:
     """
     if shape.layer_norm:
         return 16 * shape.width + 4 * shape.queries + 4 * shape.keys + 10 * shape.inner
-    head_norms = 6 * (shape.queries + shape.keys) if shape.head_norms else 0
-    return 26 * shape.width + 4 * shape.queries + 4 * shape.keys + 8 * shape.inner + head_norms
+    # Gemma's norms multiply before they round: theirs is one more float32 tensor, and their output of 16 bits one less.
+    width, of_heads = (42, 8) if shape.post_norms else (26, 6)
+    head_norms = of_heads * (shape.queries + shape.keys) if shape.head_norms else 0
+    return width * shape.width + 4 * shape.queries + 4 * shape.keys + 8 * shape.inner + head_norms
 
 
 def logits(shape: Dimensions, tokens: int, *, chunked: bool = True) -> float:

@@ -161,5 +161,5 @@ def _layers(backbone: nn.Module) -> nn.ModuleList:
             return found
     raise TrainError(
         f"{type(backbone).__name__} keeps its blocks neither in `layers` nor in `h`, so it is no decoder that training "
-        "knows; give one of the families llama, mistral, qwen2, qwen3, gpt2 or alike"
+        "knows; give one of the families llama, mistral, qwen2, qwen3, gemma3_text, gpt2 or alike"
     )

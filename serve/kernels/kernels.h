@@ -12,7 +12,7 @@ struct Pool {
 };
 
 enum Norm { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
-enum Activation { kNoActivation = 0, kSwiGlu = 1, kGelu = 2 };
+enum Activation { kNoActivation = 0, kSwiGlu = 1, kGelu = 2, kGeGlu = 3 };
 
 constexpr int kBlock = 16;      // outputs that lie together in a packed weight
 constexpr int kDepth = 64;      // a packed weight's K is a multiple of this
@@ -35,7 +35,14 @@ struct Linear {
   const float *norm_weight = nullptr, *norm_bias = nullptr, *bias = nullptr;
 
   int depth() const { return round_up(inputs, kDepth); }
-  int blocks() const { return round_up(outputs, kBlock) / kBlock; }  // of y; SwiGLU's weight has twice as many
+  int blocks() const { return round_up(outputs, kBlock) / kBlock; }  // of y, and of each part of the weight
+  int parts() const { return activation == kSwiGlu || activation == kGeGlu ? 2 : 1; }
+};
+
+struct RmsNorm {
+  int size = 0;
+  float epsilon = 0;
+  const float* weight = nullptr;
 };
 
 struct Embedding {
@@ -78,6 +85,7 @@ struct Batch {
 #define PAWL_DECLARE(ISA)                                                                                         \
   namespace ISA {                                                                                                 \
   void linear(const Linear&, const float* x, const float* residual, float* y, int rows, const Pool&);             \
+  void add_normed(const RmsNorm&, const float* x, const float* residual, float* y, int rows, const Pool&);        \
   void attend(const Attention&, const float* qkv, const Batch&, float* y, const Pool&);                           \
   void embed(const Embedding&, const int64_t* ids, const Batch&, float* x, int tokens, const Pool&);              \
   void select(const float* logits, const float* temperature, int rows, int vocabulary, int32_t* candidates,       \

@@ -1,5 +1,5 @@
 // Matrix products with packed 8- and 4-bit weights, and what is fused around them: norm and quantization of each row
-// before; bias, activation and residual after.
+// before; bias, activation and residual after. And the norm of products that are added to the residual by themselves.
 #include <algorithm>
 #include <cmath>
 
@@ -182,23 +182,19 @@ struct Call {
   int rows;
 };
 
-// Outputs of `block` for one row, from its product `out`; `up` is that of SwiGLU's other half.
+// Outputs of `block` for one row, from its product `out`; `up` is that of a gated MLP's other part.
 INLINE void finish(const Call& c, const int32_t* out, const int32_t* up, float scale, int block, int row) {
   const Linear& l = c.l;
   int output = block * kBlock, count = l.outputs - output;
   F v = biased(l, value(l, out, scale, block), output, count);
-  if (l.activation == kSwiGlu) {
-    F u = biased(l, value(l, up, scale, block + l.blocks()), l.outputs + output, count);
-    v = mul(mul(v, sigmoid(v)), u);
-  } else if (l.activation == kGelu) {
+  if (l.activation == kSwiGlu)
+    v = mul(v, sigmoid(v));
+  else if (l.activation != kNoActivation)
     v = gelu(v);
-  }
+  if (l.parts() == 2) v = mul(v, biased(l, value(l, up, scale, block + l.blocks()), l.outputs + output, count));
   size_t at = (size_t)row * l.outputs + output;
   if (c.residual) v = add(v, load_upto(c.residual + at, count));
-  if (count >= kLanes) return store(c.y + at, v);
-  alignas(64) float part[kLanes];
-  store(part, v);
-  memcpy(c.y + at, part, count * sizeof(float));
+  store_upto(c.y + at, v, count);
 }
 
 // Rows m0 to m1 of the output blocks b0 to b1.
@@ -206,14 +202,14 @@ void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
   const Linear& l = c.l;
   alignas(64) int32_t out[kHeight * kWidth * kLanes];  // or floats, with 4-bit weights
   TileScope scope;
-  const int halves = l.activation == kSwiGlu ? 2 : 1, stride = rows.stride;
+  const int parts = l.parts(), stride = rows.stride;
   const int steps = (m1 - m0 + kHeight - 1) / kHeight, tall = (m1 - m0 + steps - 1) / steps;  // rows at a time
-  const int widest = l.bits == 8 ? std::max(panel_width(tall), halves) : kWidth;
+  const int widest = l.bits == 8 ? std::max(panel_width(tall), parts) : kWidth;
   for (int b = b0, width; b < b1; b += width) {
-    width = std::min(widest / halves, b1 - b);
+    width = std::min(widest / parts, b1 - b);
     int block[kWidth];
     const uint8_t* packed[kWidth];
-    for (int i = 0; i < width * halves; i++) {
+    for (int i = 0; i < width * parts; i++) {
       block[i] = b + i % width + i / width * l.blocks();
       packed[i] = l.weight + (size_t)block[i] * l.depth() * kBlock;
     }
@@ -221,9 +217,9 @@ void compute(const Call& c, const Rows& rows, int m0, int m1, int b0, int b1) {
       int height = std::min(tall, m1 - m);
       const uint8_t* q = rows.levels + (size_t)m * stride;
       if (l.bits == 8)
-        dots<kUnsignedRows>({q, stride, height, l.depth(), out, kWidth * kLanes, false}, packed, width * halves);
+        dots<kUnsignedRows>({q, stride, height, l.depth(), out, kWidth * kLanes, false}, packed, width * parts);
       else
-        dots_of_nibbles(l, q, stride, height, block, width * halves, (float*)out);
+        dots_of_nibbles(l, q, stride, height, block, width * parts, (float*)out);
       for (int r = 0; r < height; r++)
         for (int i = 0; i < width; i++) {
           const int32_t* at = out + (r * kWidth + i) * kLanes;
@@ -261,6 +257,27 @@ void linear(const Linear& l, const float* x, const float* residual, float* y, in
   parallel(pool, tasks * slabs, [&](size_t t) {
     int m = t / tasks * slab, i = t % tasks;
     compute(call, shared, m, std::min(rows, m + slab), blocks * i / tasks, blocks * (i + 1) / tasks);
+  });
+}
+
+void add_normed(const RmsNorm& norm, const float* x, const float* residual, float* y, int rows, const Pool& pool) {
+  constexpr int chunk = 16;
+  parallel(pool, (rows + chunk - 1) / chunk, [&](size_t task) {
+    for (size_t m = task * chunk; m < std::min<size_t>(rows, (task + 1) * chunk); m++) {
+      const float *row = x + m * norm.size, *to = residual + m * norm.size;
+      F square = set(0.f);
+      for (int k = 0; k < norm.size; k += kLanes) {
+        F u = load_upto(row + k, norm.size - k);
+        square = fma(u, u, square);
+      }
+      F factor = set(1 / std::sqrt(reduce_add(square) / norm.size + norm.epsilon));
+      for (int k = 0; k < norm.size; k += kLanes) {
+        int count = norm.size - k;
+        F normed = mul(load_upto(row + k, count), factor);
+        F sum = fma(normed, load_upto(norm.weight + k, count), load_upto(to + k, count));
+        store_upto(y + m * norm.size + k, sum, count);
+      }
+    }
   });
 }
 

@@ -49,6 +49,7 @@ struct InstructionSet {
   const char* name;
   bool (*usable)();
   decltype(&avx2::linear) linear;
+  decltype(&avx2::add_normed) add_normed;
   decltype(&avx2::attend) attend;
   decltype(&avx2::embed) embed;
   decltype(&avx2::select) select;
@@ -71,7 +72,7 @@ bool has_amx() {
 #endif
 }
 
-#define PAWL_SET(ISA, usable) {#ISA, usable, ISA::linear, ISA::attend, ISA::embed, ISA::select}
+#define PAWL_SET(ISA, usable) {#ISA, usable, ISA::linear, ISA::add_normed, ISA::attend, ISA::embed, ISA::select}
 const InstructionSet kSets[] = {  // best first
     PAWL_SET(amx, has_amx),
     PAWL_SET(avx512, has_avx512),
@@ -169,11 +170,10 @@ struct LinearKernel {
     l.inputs = info.size("inputs", 1, kMostSize);
     l.outputs = info.size("outputs", 1, kMostSize);
     l.norm = info.size("norm", kNoNorm, kLayerNorm);
-    l.activation = info.size("activation", kNoActivation, kGelu);
+    l.activation = info.size("activation", kNoActivation, kGeGlu);
     l.epsilon = info.real("epsilon");
     l.rotate = info.size("rotate", 0, 1);
-    size_t blocks = (size_t)l.blocks() * (l.activation == kSwiGlu ? 2 : 1), depth = l.depth();
-    size_t bias = (size_t)l.outputs * (l.activation == kSwiGlu ? 2 : 1);
+    size_t blocks = (size_t)l.blocks() * l.parts(), depth = l.depth(), bias = (size_t)l.outputs * l.parts();
     l.scale = info.constant<float>(2, "scale", blocks * kBlock);
     if (bits == 8) {
       l.weight = info.constant<uint8_t>(1, "weight", blocks * depth * kBlock);
@@ -204,6 +204,27 @@ struct Linear8Kernel : LinearKernel {
 };
 struct Linear4Kernel : LinearKernel {
   explicit Linear4Kernel(const Info& info) : LinearKernel(info, 4) {}
+};
+
+struct AddNormedKernel {
+  RmsNorm norm;
+
+  explicit AddNormedKernel(const Info& info) {
+    ort::Tensor weight = info.maybe(1);
+    check(weight.present && weight.rank == 1, "weight must be a constant [hidden]");
+    norm.size = (int)weight.dims[0];
+    norm.weight = (const float*)weight.data;
+    norm.epsilon = info.real("epsilon");
+  }
+
+  void run(OrtKernelContext* context, const Pool& pool) const {
+    ort::Tensor x = ort::input(context, 0), residual = ort::input(context, 2);
+    for (const ort::Tensor& rows : {x, residual})
+      check(rows.present && rows.rank == 2 && rows.dims[0] == x.dims[0] && rows.dims[1] == norm.size,
+            "x and residual must be [rows, hidden]");
+    float* y = ort::output<float>(context, 0, {x.dims[0], norm.size});
+    instruction_set()->add_normed(norm, (const float*)x.data, (const float*)residual.data, y, (int)x.dims[0], pool);
+  }
 };
 
 struct EmbedKernel {
@@ -370,6 +391,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static const Operator operators[] = {
       make<Linear8Kernel>("Linear8", {kFloat, kInt8, kFloat, kInt32, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
       make<Linear4Kernel>("Linear4", {kFloat, kUint8, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
+      make<AddNormedKernel>("AddNormed", {kFloat, kFloat, kFloat}, 3, {kFloat}),
       make<EmbedKernel>("Embed", {kInt64, kInt8, kFloat, kInt32, kFloat}, 4, {kFloat}),
       make<AttendKernel>("Attend", {kFloat, kUint8, kInt32, kInt32, kFloat, kFloat, kFloat, kFloat}, 4, {kFloat}),
       make<SelectKernel>("Select", {kFloat, kFloat}, 2, {kInt32, kFloat}),

@@ -190,6 +190,13 @@ INLINE F load_upto(const float* p, int n) {  // the first n of sixteen values, t
   return load(part);
 }
 
+INLINE void store_upto(float* p, F x, int n) {  // the first n of sixteen values
+  if (n >= kLanes) return store(p, x);
+  alignas(64) float part[kLanes];
+  store(part, x);
+  memcpy(p, part, n * sizeof(float));
+}
+
 constexpr float kLog2E = 1.44269504f;
 
 INLINE F sigmoid(F x) {

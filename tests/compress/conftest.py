@@ -19,6 +19,7 @@ from compress.__main__ import main
 from compress.checkpoint import Checkpoint
 from compress.constants import WeightHook, write_weight
 from compress.decoder import build
+from compress.families import FAMILIES
 from compress.graph import GraphBuilder
 from compress.linear import multiply
 from compress.operands import load
@@ -38,12 +39,22 @@ ROPE = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+GEMMA3 = {
+    **ROPE,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB}
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, ROPE),
     "mistral": (transformers.MistralConfig, {**ROPE, "head_dim": 16}),
     "qwen2": (transformers.Qwen2Config, ROPE),
     "qwen3": (transformers.Qwen3Config, {**ROPE, "head_dim": 32}),
+    "gemma3_text": (transformers.Gemma3TextConfig, GEMMA3),
     "gpt2": (transformers.GPT2Config, GPT2),
 }
 FP32 = Recipe(name="fp32", default=FLOAT)
@@ -62,7 +73,8 @@ def make_model(family: str, directory: Path, **overrides: Any) -> PreTrainedMode
     model = transformers.AutoModelForCausalLM.from_config(make_config(**{**sizes, **overrides})).eval()
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
-        parameter.data = 1 + 0.3 * noise if parameter.dim() == 1 and name.endswith("weight") else 0.15 * noise
+        is_norm = parameter.dim() == 1 and name.endswith("weight")
+        parameter.data = 1 - FAMILIES[family].norm_offset + 0.3 * noise if is_norm else 0.15 * noise
     model.tie_weights()
     model.save_pretrained(directory)
     return model

@@ -18,6 +18,7 @@ from compress.packing import drop_rows, pad, unpack_groups, unpack_int4, unpack_
 from compress.rotation import rotate as spread
 
 Array = NDArray[Any]
+GATED = (1, 3)  # activations of an MLP's first part, which the second is multiplied by
 
 
 def run_native(directory: Path, tokens: Sequence[int], rows: Sequence[int], **inputs: Any) -> dict[str, Array]:
@@ -67,7 +68,7 @@ def linear4(x: Array, weight: Array, scale: Array, grid: Array, *optional: Array
 
 def product_of(attributes: dict[str, Any]) -> tuple[tuple[int, int], int]:
     """Rows and columns of the weight, and how many parts it has."""
-    parts = 2 if attributes["activation"] == 1 else 1
+    parts = 2 if attributes["activation"] in GATED else 1
     columns = pad(attributes["inputs"], 64) if attributes["rotate"] else attributes["inputs"]
     return (parts * attributes["outputs"], columns), parts
 
@@ -95,10 +96,11 @@ def linear(
     y = round_rows(spread(x) if rotate else x) @ weight.T
     if bias is not None:
         y = y + bias
+    y, up = (y[:, :outputs], y[:, outputs:]) if activation in GATED else (y, 1)
     if activation == 1:
-        y = y[:, :outputs] / (1 + np.exp(-y[:, :outputs])) * y[:, outputs:]
-    elif activation == 2:
-        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        y = y / (1 + np.exp(-y)) * up
+    elif activation:
+        y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) * up
     return y if residual is None else y + residual
 
 
@@ -110,6 +112,10 @@ def round_rows(x: Array) -> Array:
 
 def rms_norm(x: Array, weight: Array, *, epsilon: float, axis: int = -1) -> Array:
     return x / np.sqrt(np.square(x).mean(axis=axis, keepdims=True) + epsilon) * weight
+
+
+def add_normed(x: Array, weight: Array, residual: Array, *, epsilon: float) -> Array:
+    return residual + rms_norm(x, weight, epsilon=epsilon)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, *, epsilon: float, axis: int = -1) -> Array:
@@ -167,11 +173,13 @@ def select(logits: Array, temperature: Array) -> tuple[Array, Array]:
 
 
 OPERATORS = {
+    "AddNormed": add_normed,
     "Embed": embed,
     "Linear8": linear8,
     "Linear4": linear4,
     "Attend": attend,
     "Select": select,
+    "Mul": np.multiply,
     "Gather": lambda x, rows: x[rows],
     "SimplifiedLayerNormalization": rms_norm,
     "LayerNormalization": layer_norm,

@@ -92,6 +92,20 @@ def test_old_rope_settings_are_read(tiny, tmp_path):
     assert {key: old[key] for key in LINEAR} == {key: new[key] for key in LINEAR}
 
 
+def test_old_gemma_settings_are_read(tiny, tmp_path):
+    """Before version 5: every sixth layer sees all, and two numbers for the rotary bases."""
+    _, path = tiny("gemma3_text")
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"], config["layer_types"]
+    (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
+    config |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "num_hidden_layers": 7, "sliding_window_pattern": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = describe(Checkpoint(tmp_path))
+    assert decoder.windows == (7, 7, None, 7, 7, None, 7)
+    assert [decoder.rope_of(layer) for layer in (1, 2)] == ["rope.local", "rope"]
+    assert {name: rope["rope_theta"] for name, rope in decoder.ropes.items()} == {"rope": 1e6, "rope.local": 1e4}
+
+
 def test_gpt2_saved_without_a_prefix(tiny, make_graph, reference, tokens, tmp_path):
     model, _ = tiny("gpt2")
     model.transformer.save_pretrained(tmp_path / "bare")
@@ -111,7 +125,9 @@ def test_unknown_architecture_names_the_supported(tmp_path, tiny):
     config = json.loads((path / "config.json").read_text()) | {"model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"'mamba' is not supported\. Supported are gpt2, llama, mistral, qwen2"):
+    with pytest.raises(
+        CheckpointError, match=r"'mamba' is not supported\. Supported are gemma3_text, gpt2, llama, mistral, qwen2"
+    ):
         describe(Checkpoint(tmp_path))
 
 

@@ -42,7 +42,7 @@ PLAIN = Recipe(name="plain", default=W8A8)
 PRODUCTS = (*(f"layers.{i}.{role}" for i in (0, 1) for role in ("qkv", "o", "gate_up", "down")), "head")
 # Some 1e-7, until a value halfway between two levels is rounded differently: in so small a model that alone is seen.
 # And ONNX Runtime's 4-bit product rounds activations by blocks, ours by rows.
-FAR = {"w8a8": 0.01, "plain": 0.01, "w4a8": 0.05, "mixed": 0.05}
+FAR = {"w8a8": 0.01, "plain": 0.01, "w4a8": 0.06, "mixed": 0.06}
 
 
 @pytest.fixture(scope="session")
@@ -175,5 +175,5 @@ def test_float_weights_have_no_native_graph(recipe, tiny, tmp_path):
 
 
 def test_an_activation_that_the_operators_lack_has_no_native_graph(tiny, tmp_path):
-    build(Checkpoint(tiny("llama", hidden_act="gelu_pytorch_tanh")[1]), tmp_path, Recipe(name="w8a8", default=W8A8))
+    build(Checkpoint(tiny("gpt2", activation_function="silu")[1]), tmp_path, Recipe(name="w8a8", default=W8A8))
     assert not (tmp_path / "model.native.onnx").exists()

@@ -148,7 +148,7 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(
     (source / "config.json").write_text(json.dumps(config))
     assert quantize(tmp_path / "tiny", source=source) == EXIT_USAGE
     message = capsys.readouterr().err
-    assert "model_type 'mamba' is not supported. Supported are gpt2, llama, mistral, qwen2, qwen3" in message
+    assert "model_type 'mamba' is not supported. Supported are gemma3_text, gpt2, llama, mistral, qwen2" in message
     assert not (tmp_path / "tiny").exists()
 
 

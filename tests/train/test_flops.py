@@ -28,6 +28,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 16}),
     ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    ("gemma3_text", {"head_dim": 16}),
     ("gpt2", {}),
     ("gpt2", {"n_inner": 48, "tie_word_embeddings": False}),
 ]

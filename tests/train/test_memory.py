@@ -25,6 +25,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", SMALL),
     ("qwen2", SMALL),
     ("qwen3", SMALL | {"head_dim": 64}),
+    ("gemma3_text", SMALL | {"head_dim": 64}),
     ("gpt2", {"vocab_size": 64, "n_embd": 192, "n_head": 3, "n_inner": 512, "bos_token_id": 0, "eos_token_id": 0}),
 ]
 

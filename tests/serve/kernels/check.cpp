@@ -37,11 +37,12 @@ static const Pool kHere{nullptr, run_here}, kThreads{nullptr, run_in_threads};
 struct Set {
   const char* name;
   decltype(&avx2::linear) linear;
+  decltype(&avx2::add_normed) add_normed;
   decltype(&avx2::attend) attend;
   decltype(&avx2::embed) embed;
   decltype(&avx2::select) select;
 };
-#define SET(ISA) {#ISA, ISA::linear, ISA::attend, ISA::embed, ISA::select}
+#define SET(ISA) {#ISA, ISA::linear, ISA::add_normed, ISA::attend, ISA::embed, ISA::select}
 static std::vector<Set> usable_sets() {
   std::vector<Set> sets;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(SET(avx2));
@@ -115,8 +116,8 @@ static void check_linear() {
   Linear l;
   l.inputs = pick(1, 5) == 1 ? pick(1, 15) : pick(16, 300), l.outputs = pick(1, 150);
   l.bits = coin() ? 8 : 4, l.group = coin() ? 32 : 64, l.rotate = pick(0, 2) == 0;
-  l.norm = pick(0, 2), l.activation = pick(0, 2), l.epsilon = 1e-5f;
-  int rows = coin() ? pick(1, 9) : pick(1, 70), parts = l.activation == kSwiGlu ? 2 : 1, K = l.inputs;
+  l.norm = pick(0, 2), l.activation = pick(0, 3), l.epsilon = 1e-5f;
+  int rows = coin() ? pick(1, 9) : pick(1, 70), parts = l.parts(), K = l.inputs;
   Weights w = make_weights(l, parts);
   std::vector<float> x = normal((size_t)rows * K), norm = normal(K), norm_bias = normal(K), bias = normal(l.outputs * parts);
   std::vector<float> residual = normal((size_t)rows * l.outputs), first;
@@ -162,15 +163,40 @@ static void check_linear() {
         if (l.bias) value[part] += bias[part * l.outputs + n];
       }
       double y = value[0], tolerance = error[0] + 1e-5 * fabs(y) + 1e-5;
-      if (l.activation == kSwiGlu) {
-        y = y / (1 + exp(-y)) * value[1];
+      if (l.activation == kSwiGlu) y = y / (1 + exp(-y));
+      if (l.activation == kGelu || l.activation == kGeGlu)
+        y *= 0.5 * (1 + tanh(0.7978845608 * (y + 0.044715 * y * y * y))), tolerance *= 1.2;
+      if (parts == 2) {
+        y *= value[1];
         tolerance = 1.1 * tolerance * (fabs(value[1]) + error[1]) + (fabs(value[0]) + error[0]) * error[1] + 1e-5 * fabs(y);
       }
-      if (l.activation == kGelu) y *= 0.5 * (1 + tanh(0.7978845608 * (y + 0.044715 * y * y * y))), tolerance *= 1.2;
       if (added) y += residual[(size_t)m * l.outputs + n];
       double found = first[(size_t)m * l.outputs + n];
       if (!(fabs(found - y) <= tolerance + 1e-4))
         return expect(false, what + ": " + std::to_string(found) + " instead of " + std::to_string(y));
+    }
+  }
+}
+
+static void check_add_normed() {
+  RmsNorm norm;
+  norm.size = pick(1, 300), norm.epsilon = 1e-6f;
+  int rows = pick(1, 40);
+  std::vector<float> x = normal((size_t)rows * norm.size), residual = normal(x.size()), weight = normal(norm.size), first;
+  if (pick(0, 9) == 0) std::fill(x.begin(), x.begin() + norm.size, 0.f);
+  norm.weight = weight.data();
+  for (const Set& set : sets) {
+    std::vector<float> y(x.size(), 7);
+    set.add_normed(norm, x.data(), residual.data(), y.data(), rows, kThreads);
+    if (first.empty()) first = y;
+    expect(same(y, first), std::string("the added norm differs on ") + set.name);
+  }
+  for (int m = 0; m < rows; m++) {
+    double square = 0;
+    for (int k = 0; k < norm.size; k++) square += pow(x[m * norm.size + k], 2) / norm.size;
+    for (int k = 0; k < norm.size; k++) {
+      size_t at = (size_t)m * norm.size + k;
+      expect(fabs(first[at] - residual[at] - x[at] / sqrt(square + norm.epsilon) * weight[k]) < 1e-4, "the added norm");
     }
   }
 }
@@ -368,7 +394,7 @@ static void check_select() {
 
 int main(int, char** arguments) {
   int rounds = atoi(arguments[1]);
-  for (int i = 0; i < rounds; i++) check_linear(), check_attention(), check_embed(), check_select();
+  for (int i = 0; i < rounds; i++) check_linear(), check_add_normed(), check_attention(), check_embed(), check_select();
   for (const Set& set : sets) printf("%s ", set.name);
   printf("%d rounds, %d failures\n", rounds, failures);
   return failures != 0;
