@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {id: token.content for id, token in added.items() if token.special}
         self._texts: dict[int, str] = {}  # of single tokens
+        self._decoders = repr(self._tokenizer.decoder)
         template = directory / CHAT_TEMPLATE
         self._template = _environment().from_string(template.read_text()) if template.is_file() else None
 
@@ -60,13 +62,15 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """One token's exact bytes where the vocabulary is byte-level, else those of its text."""
+        """One token's exact bytes if the vocabulary is byte-level or has tokens for bytes, else those of its text."""
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
         table = _byte_level_table()
-        if all(char in table for char in piece):
+        if "ByteLevel" in self._decoders and all(char in table for char in piece):
             return bytes(table[char] for char in piece)
+        if "ByteFallback" in self._decoders and (byte := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
+            return bytes.fromhex(byte[1])
         return self.token_text(token_id).encode()
 
     def spell(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers
 
 from serve.tokenizer import MOST_HELD, Tokenizer
 from tests.serve.tiny import SPECIAL, VOCABULARY
@@ -68,3 +70,21 @@ def test_bytes_that_are_no_characters_are_not_held_for_ever(tokenizer: Tokenizer
     assert "".join(stream.push(id) for id in rest).endswith("\nLicense grüß")
     offsets = tokenizer.offsets(ids, tokenizer.spell(ids))
     assert offsets == sorted(offsets)
+
+
+def test_bytes_of_tokens_that_are_bytes_and_of_tokens_that_are_text(tmp_path: Path) -> None:
+    """A vocabulary as SentencePiece makes it, where "é" is that letter, and not the byte that GPT-2 writes so."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "é", "</s>"]
+    library = Library(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Replace(" ", "\u2581")
+    library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    ids = [257, *tokenizer.encode("é\n\u20ac"), 259]
+    assert [tokenizer.token_bytes(id) for id in ids] == [b" a", "é".encode(), b"\n", b"\xe2", b"\x82", b"\xac", b"</s>"]
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_bytes_of_byte_level_tokens(tokenizer: Tokenizer) -> None:
+    text = "grüß \U00013000\n"
+    assert b"".join(tokenizer.token_bytes(id) for id in tokenizer.encode(text)) == text.encode()
