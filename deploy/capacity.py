@@ -18,7 +18,7 @@ from deploy.capacity_profile import load
 from deploy.errors import DeployError
 from deploy.objectives import Objective
 from deploy.simulation import Outcome
-from deploy.sizing import Demand, Fleet, Size, best_size, fleets
+from deploy.sizing import GROUPS, Demand, Fleet, Size, best_size, fleets
 from deploy.workload import FORMS, Lengths, Workload
 from train.flags import option
 from train.plan import quantity
@@ -71,13 +71,15 @@ def command(options: Options) -> int:
                 "give fewer, or measure with more"
             )
     sizes = [best_size(profile, demand, options.slots) for profile in tqdm(profiles, unit="profile", disable=None)]
-    rows = [
-        row(size, cost, rate, fleet)
-        for rate in rates
-        for size, cost in zip(sizes, costs, strict=True)
-        if size.rate
-        for fleet in fleets(size, demand, rate / MINUTE)
-    ]
+    by_second = {rate / MINUTE: rate for rate in rates}
+    held = [(size, cost) for size, cost in zip(sizes, costs, strict=True) if size.rate]
+    with tqdm(total=len(held) * len(rates) * len(GROUPS), unit="fleet", disable=None) as bar:
+        rows = []
+        for size, cost in held:
+            for rate, fleet in fleets(size, demand, list(by_second)):
+                rows.append(row(size, cost, by_second[rate], fleet))
+                bar.update()
+    rows.sort(key=lambda row: row["per_minute"])
     document = {
         "prompt": options.prompt,
         "output": options.output,

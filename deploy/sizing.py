@@ -1,19 +1,18 @@
 """How many replicas meet the objectives: what one holds, found by bisection on the rate, then the fleet's size.
 
 The parts that chance makes of a Poisson stream are Poisson streams, so where requests go to replicas by chance, one
-replica is simulated and its rate divides the whole, whatever that is. Where they take turns, one replica gets every
-n-th request: simulated as such. Where the least busy one gets it, replicas depend on each other: up to GROUP of them
-are simulated together, and a larger fleet is taken to be groups of that size, each with its part of the stream by
-chance. That is on the safe side: the more replicas to choose among, the shorter the wait.
+replica is simulated and its rate divides the whole, whatever that is. Where n take turns, one gets every n-th request:
+simulated as such. Where the least busy one gets it, replicas depend on each other and are simulated together. A fleet
+of more than GROUPS is taken to be groups of that size, each with its part of the stream by chance, so that one rate
+divides any whole. That is on the safe side: the more replicas take turns or can be chosen, the shorter the wait.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import get_args
+from functools import cache, partial
 
 import msgspec
 
@@ -22,10 +21,9 @@ from deploy.objectives import Objective, broken
 from deploy.simulation import Balance, Outcome, simulate
 from deploy.workload import Workload
 
-GROUP = 8  # replicas that are simulated together
+GROUPS: Mapping[Balance, int] = {"random": 1, "round-robin": 64, "least": 8}
 SKIPPED = 0.1  # of the requests, which found the replica empty
 RATE_PRECISION = 0.01  # of what one replica holds
-BALANCES: tuple[Balance, ...] = get_args(Balance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +82,12 @@ def size(profile: Profile, demand: Demand) -> Size:
     """The highest rate that one replica holds."""
     saturated = saturation(profile, demand)
     most = demand.most_utilisation * saturated
-
-    def run(rate: float) -> Outcome:
-        return _run(profile, demand, rate, 1, "random")
-
-    low, held = 0.0, run(RATE_PRECISION * most)
-    if reasons := broken(demand.objectives, held):
-        return Size(profile, saturated, 0.0, held, reasons)
-    if not broken(demand.objectives, at_most := run(most)):
-        return Size(profile, saturated, most, at_most, [])
-    low, high = RATE_PRECISION * most, most
-    while high - low > RATE_PRECISION * low:
-        middle = (low + high) / 2
-        outcome = run(middle)
-        if broken(demand.objectives, outcome):
-            high = middle
-        else:
-            low, held = middle, outcome
-    return Size(profile, saturated, low, held, [])
+    run = partial(_run, profile, demand)
+    idle = run(RATE_PRECISION * most)
+    if reasons := broken(demand.objectives, idle):
+        return Size(profile, saturated, 0.0, idle, reasons)
+    rate, outcome = _highest(run, demand, RATE_PRECISION * most, idle, most)
+    return Size(profile, saturated, rate, outcome, [])
 
 
 def saturation(profile: Profile, demand: Demand) -> float:
@@ -112,13 +98,42 @@ def saturation(profile: Profile, demand: Demand) -> float:
     return outcome.requests_per_second
 
 
-def fleets(one: Size, demand: Demand, rate: float) -> Iterator[Fleet]:
-    """For `rate` requests a second in all, by each way to balance them. `one` must hold some."""
-    alone = max(1, math.ceil(rate / one.rate))
-    yield Fleet("random", alone, _run(one.profile, demand, rate / alone, 1, "random"))
-    fewest = max(1, math.ceil(rate / (demand.most_utilisation * one.saturated)))
-    for balance in BALANCES[1:]:
-        yield Fleet(balance, *_fewest(partial(_share, one.profile, demand, rate, balance), demand, fewest, alone))
+def fleets(one: Size, demand: Demand, rates: Sequence[float]) -> Iterator[tuple[float, Fleet]]:
+    """For each of the rates, requests a second in all, and each way to balance them. `one` must hold some."""
+    most = demand.most_utilisation * one.saturated
+
+    @cache
+    def held_each(balance: Balance) -> float:
+        """What each of a whole group holds."""
+        run = partial(_share, one.profile, demand, balance, GROUPS[balance])
+        return _highest(run, demand, one.rate, run(one.rate), most)[0] if GROUPS[balance] > 1 else one.rate
+
+    for rate in rates:
+        alone = max(1, math.ceil(rate / one.rate))
+        for balance, group in GROUPS.items():
+            fewest, enough = max(1, math.ceil(rate / most)), alone
+            if alone > group:
+                fewest = enough = max(group, math.ceil(rate / held_each(balance)))
+            yield (
+                rate,
+                Fleet(balance, *_fewest(partial(_whole, one.profile, demand, balance, rate), demand, fewest, enough)),
+            )
+
+
+def _highest(
+    run: Callable[[float], Outcome], demand: Demand, low: float, held: Outcome, high: float
+) -> tuple[float, Outcome]:
+    """The highest rate that meets the demand, and what it gives; `low` does, or nearly, and gives `held`."""
+    if not broken(demand.objectives, outcome := run(high)):
+        return high, outcome
+    while high - low > RATE_PRECISION * low:
+        middle = (low + high) / 2
+        outcome = run(middle)
+        if broken(demand.objectives, outcome):
+            high = middle
+        else:
+            low, held = middle, outcome
+    return low, held
 
 
 def _fewest(run: Callable[[int], Outcome], demand: Demand, low: int, high: int) -> tuple[int, Outcome]:
@@ -135,14 +150,21 @@ def _fewest(run: Callable[[int], Outcome], demand: Demand, low: int, high: int) 
     return high, found
 
 
-def _share(profile: Profile, demand: Demand, rate: float, balance: Balance, replicas: int) -> Outcome:
+def _whole(profile: Profile, demand: Demand, balance: Balance, rate: float, replicas: int) -> Outcome:
+    """Of a fleet with `rate` requests a second in all."""
+    return _share(profile, demand, balance, min(replicas, GROUPS[balance]), rate / replicas)
+
+
+def _share(profile: Profile, demand: Demand, balance: Balance, group: int, rate: float) -> Outcome:
+    """Of so many replicas, each with `rate`: of all, or of the one that stands for them where they take turns."""
     if balance == "round-robin":
-        return _run(profile, demand, rate / replicas, 1, balance, every=replicas)
-    group = min(replicas, GROUP)
-    return _run(profile, demand, rate * group / replicas, group, balance)
+        return _run(profile, demand, rate, every=group)
+    return _run(profile, demand, rate * group, replicas=group, balance=balance)
 
 
-def _run(profile: Profile, demand: Demand, rate: float, replicas: int, balance: Balance, every: int = 1) -> Outcome:
+def _run(
+    profile: Profile, demand: Demand, rate: float, *, replicas: int = 1, balance: Balance = "random", every: int = 1
+) -> Outcome:
     count = demand.requests * replicas
     visits = demand.workload.visits(count, rate, profile.engine.capacity, every)
     return simulate(profile, visits, replicas=replicas, balance=balance, skipped=int(SKIPPED * count))

@@ -123,7 +123,7 @@ def test_a_fleet_meets_the_objectives_with_the_fewest() -> None:
     demand = Demand(Workload(Lengths.parse("8"), Lengths.parse("1")), (Objective.parse("ttft:mean:130"),), 1200, 0.9)
     one = best_size(profile, demand)
     assert one.rate == pytest.approx(3.75, rel=0.25)  # M/D/1: load / (2 (1 - load)) = 0.3
-    by = {fleet.balance: fleet.replicas for fleet in fleets(one, demand, 15.0)}
+    by = {fleet.balance: fleet.replicas for _, fleet in fleets(one, demand, [15.0])}
     assert by["least"] <= by["round-robin"] + 1 <= by["random"] + 1
     assert by["random"] == pytest.approx(4, abs=1.1)
 
