@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -41,6 +42,7 @@ from serve.tokenizer import Tokenizer
 from train.export import TRAINING
 
 CONTEXT = 512
+ROUNDS = 7  # of timing: neighbours take a third of the machine's speed, for minutes
 
 
 def parse() -> argparse.Namespace:
@@ -100,18 +102,28 @@ def draw(curve: Sequence[dict[str, float]], path: Path) -> None:
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def served(checkpoint: Path, artifact: Path, threads: int) -> dict[str, Any]:
-    """The bytes of its w8a8 artifact, and the time and memory that serving it takes."""
-    if not artifact.exists():
-        call("compress", "quantize", checkpoint, "-o", artifact, "--recipe", "w8a8", "--no-measure", "--force")
-    manifest = load(artifact)
-    cost = speed.measure(artifact, manifest.architecture, forms_here(artifact)[0], threads)
-    return {
-        "weights_bytes": manifest.files[WEIGHTS].size_bytes,
-        "decode_milliseconds": cost.decode_milliseconds,
-        "tokens_per_second_16": cost.tokens_per_second,
-        "resident_bytes": cost.resident_bytes,
-    }
+def served(artifacts: dict[Path, Path], threads: int) -> list[dict[str, Any]]:
+    """Of each checkpoint's w8a8 artifact its bytes, and what serving it takes: medians of rounds in turns."""
+    for checkpoint, artifact in artifacts.items():
+        if not artifact.exists():
+            call("compress", "quantize", checkpoint, "-o", artifact, "--recipe", "w8a8", "--no-measure", "--force")
+    manifests = [load(artifact) for artifact in artifacts.values()]
+    rounds = [
+        [
+            speed.measure(artifact, manifest.architecture, forms_here(artifact)[0], threads)
+            for artifact, manifest in zip(artifacts.values(), manifests, strict=True)
+        ]
+        for _ in range(ROUNDS)
+    ]
+    return [
+        {
+            "weights_bytes": manifest.files[WEIGHTS].size_bytes,
+            "decode_milliseconds": median(cost.decode_milliseconds for cost in costs),
+            "tokens_per_second_16": median(cost.tokens_per_second for cost in costs),
+            "resident_bytes": median(cost.resident_bytes for cost in costs),
+        }
+        for manifest, costs in zip(manifests, zip(*rounds, strict=True), strict=True)
+    ]
 
 
 def main() -> int:
@@ -144,8 +156,9 @@ def main() -> int:
     }
     if args.timed:
         threads = cpu_quota()[0]
-        found["whole"] |= served(args.checkpoint, output / "whole-w8a8", threads)
-        found["distilled"] |= served(run / "model", output / "distilled-w8a8", threads)
+        artifacts = {args.checkpoint: output / "whole-w8a8", run / "model": output / "distilled-w8a8"}
+        for name, cost in zip(("whole", "distilled"), served(artifacts, threads), strict=True):
+            found[name] |= cost
     (output / "pruning.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in found.items() if name not in ("curve", "machine")}, indent=1))
     return 0
