@@ -28,7 +28,7 @@ test: lint serve/kernels/build/stamp ## lint, then every test that needs no Debi
 test-system: .venv/dev.stamp .checkov/stamp ## the tests that need Chromium, PostgreSQL, Prometheus, Docker or strace, which it installs with apt when missing
 	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(SYSTEM_PACKAGES); }
-	$(PY) -m pytest -m system
+	$(PY) -m pytest -n 2 --dist loadfile -m system
 
 test-gpu: .venv/gpu.stamp ## the tests that need an NVIDIA GPU, with ONNX Runtime's CUDA build in an environment of their own
 	PYTHONPATH=.venv/gpu $(PY) -m pytest -m gpu
