@@ -118,9 +118,11 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="where to write checkpoints (default: the system's for such)")
     parser.add_argument("--recipe", default=RECIPES_OF["cpu"][0], help="(default: %(default)s)")
+    parser.add_argument("--calibration-windows", type=int, default=24, help="(default: %(default)s)")
     parser.add_argument("--held-out-windows", type=int, default=4, help="(default: %(default)s)")
     args = parser.parse_args()
-    options = Options(recipe=args.recipe, held_out_windows=args.held_out_windows, force=True)
+    windows = {"calibration_windows": args.calibration_windows, "held_out_windows": args.held_out_windows}
+    options = Options(recipe=args.recipe, force=True, **windows)
     vocab = Tokenizer(args.tokenizer).vocab_size
     results = []
     for layers in args.layers:
@@ -134,7 +136,7 @@ def main() -> int:
         results.append({**sizes, "parameters": parameters, "phases": phases})
         peaks = [f"{name} {x['peak_bytes'] / 2**20:,.0f} MiB in {x['seconds']:,.0f} s" for name, x in phases.items()]
         print(f"{layers} layers, {parameters / 1e6:,.0f} M parameters: {', '.join(peaks)}", flush=True)
-    print(json.dumps({"machine": describe_machine(), "recipe": args.recipe, "results": results}))
+    print(json.dumps({"machine": describe_machine(), "recipe": args.recipe, **windows, "results": results}))
     return 0
 
 
