@@ -108,6 +108,7 @@ def peak_of(phase: Callable[[], object]) -> dict[str, float]:
 
 
 def main() -> int:
+    shared = Options()
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description="Memory of quantizing, by layers.")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 40], help="(default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=1536, help="(default: %(default)s)")
@@ -118,7 +119,9 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="where to write checkpoints (default: the system's for such)")
     parser.add_argument("--recipe", default=RECIPES_OF["cpu"][0], help="(default: %(default)s)")
-    parser.add_argument("--calibration-windows", type=int, default=24, help="(default: %(default)s)")
+    parser.add_argument(
+        "--calibration-windows", type=int, default=shared.calibration_windows, help="(default: %(default)s)"
+    )
     parser.add_argument("--held-out-windows", type=int, default=4, help="(default: %(default)s)")
     args = parser.parse_args()
     windows = {"calibration_windows": args.calibration_windows, "held_out_windows": args.held_out_windows}

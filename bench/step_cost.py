@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,15 @@ class Traced:
 
     def profile(self, about: str, measured: Measured) -> Profile:
         """Of what was measured while the server ran. Raises DeployError if that was too little."""
-        document = self._noted()
         model, quality = fit(*self.turns(measured))
-        engine_ttft = [first - came for came, first in document["requests"] if measured.inside(came)]
+        engine_ttft = [first - came for came, first in self._noted["requests"] if measured.inside(came)]
         return Profile(
             format=FORMAT,
             name=self.manifest.name,
             digest=self.manifest.digest,
             about=about,
             processors=self.processors,
-            engine=EngineShape(**document["engine"]),
+            engine=EngineShape(**self._noted["engine"]),
             front_seconds=float(np.mean(measured.client_ttft) - np.mean(engine_ttft)),
             model=model,
             fit=quality,
@@ -121,10 +121,12 @@ class Traced:
 
     def turns(self, measured: Measured) -> tuple[list[list[float]], list[float]]:
         """What the turns in that time had of each term, and how long they took."""
-        turns = [turn for turn in self._noted()["turns"] if measured.inside(turn[0])]
+        turns = [turn for turn in self._noted["turns"] if measured.inside(turn[0])]
         return [amounts for *_, amounts in turns], [seconds for _, seconds, _ in turns]
 
+    @cached_property
     def _noted(self) -> dict[str, Any]:
+        """What the server wrote down when it ended."""
         document: dict[str, Any] = json.loads(self.trace.read_text())
         return document
 

@@ -114,10 +114,8 @@ def fleets(one: Size, demand: Demand, rates: Sequence[float]) -> Iterator[tuple[
             fewest, enough = max(1, math.ceil(rate / most)), alone
             if alone > group:
                 fewest = enough = max(group, math.ceil(rate / held_each(balance)))
-            yield (
-                rate,
-                Fleet(balance, *_fewest(partial(_whole, one.profile, demand, balance, rate), demand, fewest, enough)),
-            )
+            run = partial(_whole, one.profile, demand, balance, rate)
+            yield rate, Fleet(balance, *_fewest(run, demand, fewest, enough))
 
 
 def _highest(
