@@ -20,7 +20,7 @@ from serve.errors import Draining, InternalError, InvalidRequest, Overloaded, Ti
 from serve.generation import Generation
 from serve.plan import Floats, Output, Runner, Segment
 from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
-from serve.sampler import logprob, prompt_logprobs
+from serve.sampler import draw, prompt_logprobs, token_logprob
 from serve.scheduler import Scheduler, Step
 from serve.tokenizer import Tokenizer
 
@@ -177,7 +177,7 @@ class Engine:
         """Turn wanted rows into tokens and scores. Wanted positions come in the order of the segments."""
         at = hidden_at = 0
         gaps: list[float] = []
-        tokens, now = step.plan.tokens, time.monotonic()
+        tokens, now, drawn = step.plan.tokens, time.monotonic(), self._draw(step, output)
         for request, segment in zip(step.requests, step.plan.segments, strict=True):
             try:
                 if request.embed:
@@ -194,22 +194,49 @@ class Engine:
                 elif num_drafts >= 0:  # else there is more of the prompt to come
                     rows = output.rows[at : at + num_drafts + 1]
                     at += num_drafts + 1
-                    self._extend(request, output, rows, tokens[end - num_drafts : end], now, gaps)
+                    self._extend(request, output, rows, tokens[end - num_drafts : end], drawn.get(request), now, gaps)
             except Exception as error:
                 log.exception("a request failed", extra={"request_id": request.id})
                 self._finish(request, "error", Chunk(error=_failed(error)))
         self.metrics.step_tokens(gaps)
 
+    def _draw(self, step: Step, output: Output) -> dict[Request, int]:
+        """What is drawn for the requests that take one token and draw it from a row as it is: all in one go."""
+        row_of = dict(zip(step.plan.wanted, output.rows, strict=True))
+        found = [
+            (request, row_of[segment.start + segment.count - 1])
+            for request, segment in zip(step.requests, step.plan.segments, strict=True)
+            if request.generates
+            and segment.past + segment.count == request.length
+            and self._generations[request].sampler.draws(len(request.output))
+        ]
+        if not found:
+            return {}
+        requests, rows = zip(*found, strict=True)
+        try:
+            tokens = draw(output, rows, [self._generations[request].sampler for request in requests])
+        except Exception:
+            log.exception("drawing for %d requests failed; each draws alone", len(requests))
+            return {}
+        return dict(zip(requests, tokens, strict=True))
+
     def _extend(
-        self, request: Request, output: Output, rows: Sequence[int], drafts: list[int], now: float, gaps: list[float]
+        self,
+        request: Request,
+        output: Output,
+        rows: Sequence[int],
+        drafts: list[int],
+        drawn: int | None,
+        now: float,
+        gaps: list[float],
     ) -> None:
         """Choose a token from the first row, and from the next as long as the token before it is as drafted."""
         sampler = self._generations[request].sampler
         accepted, refused = 0, False
         for row in rows:
-            token, chosen = sampler.choose(output, row, len(request.output))
+            token, chosen = sampler.choose(output, row, len(request.output), drawn)
             if request.watched:
-                request.logprob_sum += logprob(output.logits[row], token, 0).logprob or 0.0
+                request.logprob_sum += token_logprob(output, row, token, request.temperature)
             if request.last_token is not None:
                 gaps.append(now - request.last_token)
             request.first_token = request.first_token or now

@@ -147,6 +147,11 @@ class Request:
         return not self.embed and self.params.max_tokens > 0
 
     @property
+    def temperature(self) -> float:
+        """At which a runner is to sum up a row; a greedy choice needs no sum, but watching does, at 1."""
+        return self.params.temperature or float(self.watched)
+
+    @property
     def scoring(self) -> bool:
         """True while log-probabilities of the prompt's tokens are wanted and not all there."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)

@@ -10,6 +10,7 @@ have found already, nearly always decide; more of the row is sorted only when th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from serve.plan import Floats, Output
 from serve.request import SamplingParams, TokenLogprob
 
+ALL = (0, 1, 0)  # top_k, top_p and min_p that leave every token
 NUM_SORTED = (64, 1024)  # tokens of a row that are sorted first, if the runner has not, and next; then all
 Doubles = NDArray[np.float64]
 
@@ -27,8 +29,9 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, stop_ids: tuple[int, ...]) -> None:
         self.params = params
-        self._vocab_size = vocab_size
-        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self.vocab_size = vocab_size
+        self.random = np.random.Generator(np.random.PCG64(params.seed))
+        self.way = (params.temperature, params.top_k, params.top_p, params.min_p)
         self._bias = np.array(params.logit_bias, dtype=np.float64).reshape(-1, 2)
         self._stop_ids = list(stop_ids)
         self._counts: NDArray[np.int32] | None = None  # output tokens, [vocabulary]
@@ -39,22 +42,36 @@ class Sampler:
             self._seen[prompt] = True
         self._adjusts = bool(params.logit_bias) or self._counts is not None
 
-    def choose(self, output: Output, row: int, num_output: int) -> tuple[int, TokenLogprob | None]:
-        """The token behind `num_output` others, from a row of `output`, and its log-probability if asked for."""
+    def draws(self, num_output: int) -> bool:
+        """Whether the token behind `num_output` others is drawn from the row as it is: `draw` may do it."""
+        return self.params.temperature > 0 and not self._adjusted(num_output)
+
+    def choose(
+        self, output: Output, row: int, num_output: int, drawn: int | None = None
+    ) -> tuple[int, TokenLogprob | None]:
+        """The token behind `num_output` others, from a row of `output`, and its log-probability if asked for.
+
+        `drawn`: the token, if it was drawn already.
+        """
         p = self.params
-        if self._adjusts or num_output < p.min_tokens:
+        if drawn is not None:
+            token = drawn
+        elif self._adjusted(num_output):
             adjusted = self._adjust(output.logits[row], num_output)
             plain = Output(adjusted[None], adjusted[None], [0])
-            token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(plain, 0)
+            token = int(adjusted.argmax()) if p.temperature == 0 else draw(plain, [0], [self])[0]
         elif p.temperature == 0:
             found = output.candidates
             token = int(output.logits[row].argmax() if found is None else found[row, 0])
         else:
-            token = self._draw(output, row)
+            [token] = draw(output, [row], [self])
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
         return token, None if p.logprobs is None else logprob(output.logits[row], token, p.logprobs)
+
+    def _adjusted(self, num_output: int) -> bool:
+        return self._adjusts or num_output < self.params.min_tokens
 
     def _adjust(self, logits: Floats, num_output: int) -> Floats:
         p = self.params
@@ -70,56 +87,82 @@ class Sampler:
             logits[self._stop_ids] = -np.inf
         return logits
 
-    def _draw(self, output: Output, row: int) -> int:
-        """Draw from a row. What the output has found of it already is not computed again, nor are logits fetched."""
-        share = self._random.random()
-        temperature = self.params.temperature
-        order: NDArray[np.integer]
-        if output.candidates is None or output.total is None:
-            logits = output.logits[row]
-            total = float(np.exp((logits - logits.max()) / np.float32(temperature)).sum(dtype=np.float64))
-            order = _largest(logits, NUM_SORTED[0])
-            kept = logits[order]
+
+def draw(output: Output, rows: Sequence[int], samplers: Sequence[Sampler]) -> list[int]:
+    """A token from each of `rows`, by its own sampler, at a temperature above 0: all in one go, each as if alone.
+
+    What the output has found of a row already is not computed again, nor are its logits fetched.
+    """
+    shares = np.array([sampler.random.random() for sampler in samplers])
+    ways = np.array([sampler.way for sampler in samplers])
+    order: NDArray[np.integer]
+    if output.candidates is None or output.total is None:
+        logits = [output.logits[row] for row in rows]
+        order = np.stack([_largest(row, NUM_SORTED[0]) for row in logits])
+        kept = np.stack([row[best] for row, best in zip(logits, order, strict=True)])
+        totals = np.array([_total(row, temperature) for row, temperature in zip(logits, ways[:, 0], strict=True)])
+    else:
+        at = np.array(rows)
+        order, totals = output.candidates[at], output.total[at].astype(np.float64)
+        found = output.candidate_logits
+        kept = output.logits[at[:, None], order] if found is None else found[at]
+    vocab_size = samplers[0].vocab_size
+    places = _walk(kept, totals, shares, ways, whole=order.shape[1] == vocab_size)
+    tokens: list[int] = []
+    for i, (row, place, best) in enumerate(zip(rows, places.tolist(), order, strict=True)):
+        if place >= 0:
+            tokens.append(int(best[place]))
         else:
-            total, order = float(output.total[row]), output.candidates[row]
-            kept = output.logits[row][order] if output.candidate_logits is None else output.candidate_logits[row]
-        while True:
-            kept = kept.astype(np.float64)
-            weights = np.exp((kept - kept[0]) / temperature)
-            at = self._walk(weights, total, share, whole=len(order) == self._vocab_size)
-            if at is not None:
-                return int(order[at])
-            logits = output.logits[row]
-            order = _largest(logits, NUM_SORTED[1] if len(order) < NUM_SORTED[1] else len(logits))
-            kept = logits[order]
+            tokens.append(_draw_further(output.logits[row], totals[i : i + 1], shares[i : i + 1], ways[i : i + 1]))
+    return tokens
 
-    def _walk(self, weights: Doubles, total: float, share: float, *, whole: bool) -> int | None:
-        """How far the draw goes in `weights`, which fall from 1; None if that is beyond their end.
 
-        `total` is the sum of the whole row's weights, of which these are a beginning, or all if `whole`.
-        """
-        p = self.params
-        cumulative = weights.cumsum()
-        end, mass = len(weights), total
-        if p.top_k > 0 and (p.top_k <= end or whole):
-            whole, end = True, min(p.top_k, end)
-            mass = float(cumulative[end - 1])
-        elif p.top_k:
-            return None
-        if p.top_p < 1:  # the fewest that hold top_p of the mass (arXiv:1904.09751)
-            kept = int(cumulative[:end].searchsorted(p.top_p * mass)) + 1
-            if kept <= end:
-                whole, end = True, kept
-            mass = float(cumulative[end - 1])
-        if p.min_p > 0:
-            kept = int((-weights[:end]).searchsorted(-p.min_p, side="right"))
-            if kept < end:
-                whole, end = True, kept
-            mass = float(cumulative[end - 1])
-        if (p.top_p < 1 or p.min_p > 0) and not whole:
-            return None
-        at = int(cumulative[:end].searchsorted(share * mass, side="right"))
-        return at if at < end else end - 1 if whole else None
+def _draw_further(logits: Floats, total: Doubles, share: Doubles, way: Doubles) -> int:
+    """A draw that goes beyond the first tokens of its row."""
+    for count in (NUM_SORTED[1], len(logits)):
+        order = _largest(logits, count)
+        place = _walk(logits[order][None], total, share, way, whole=len(order) == len(logits))[0]
+        if place >= 0:
+            break
+    return int(order[place])
+
+
+def _total(logits: Floats, temperature: float) -> float:
+    return float(np.exp((logits - logits.max()) / np.float32(temperature)).sum(dtype=np.float64))
+
+
+def _walk(kept: Floats, totals: Doubles, shares: Doubles, ways: Doubles, *, whole: bool) -> NDArray[np.int64]:
+    """Where in its row of `kept` each draw ends, -1 if that is beyond the row's end.
+
+    `kept` [rows, k] are the largest logits, `ways` [rows, 4] temperature, top_k, top_p and min_p, `totals` [rows] sums
+    of the whole vocabulary's weights, of which the largest is 1. `whole`: the rows are the whole vocabulary.
+    """
+    temperature, top_k, top_p, min_p = ways.T
+    values = kept.astype(np.float64)
+    weights = np.exp((values - values[:, :1]) / temperature[:, None])
+    cumulative = weights.cumsum(axis=1)
+    size = kept.shape[1]
+    if not (ways[:, 1:] != ALL).any():
+        place = (cumulative <= (shares * totals)[:, None]).sum(axis=1)
+        return np.minimum(place, size - 1) if whole else np.where(place < size, place, -1)
+    # The first `end` of each row can be drawn, and weigh `mass`; unless they are `known`, there are more behind them.
+    rows, end, known, mass = np.arange(len(kept)), np.full(len(kept), size), np.full(len(kept), whole), totals
+    cut = (top_k > 0) & (whole | (top_k <= size))
+    end, known = np.where(cut, np.minimum(top_k, size).astype(np.int64), end), known | cut
+    mass = np.where(cut, cumulative[rows, end - 1], mass)
+    lost = (top_k > 0) & ~cut
+    # The fewest that hold top_p of the mass (arXiv:1904.09751).
+    fewest = np.minimum((cumulative < (top_p * mass)[:, None]).sum(axis=1), end) + 1
+    cut = (top_p < 1) & (fewest <= end)
+    end, known = np.where(cut, fewest, end), known | cut
+    mass = np.where(top_p < 1, cumulative[rows, end - 1], mass)
+    likely = np.minimum((weights >= min_p[:, None]).sum(axis=1), end)
+    cut = (min_p > 0) & (likely < end)
+    end, known = np.where(cut, likely, end), known | cut
+    mass = np.where(min_p > 0, cumulative[rows, end - 1], mass)
+    place = (cumulative <= (shares * mass)[:, None]).sum(axis=1)
+    inside = known | ((place < end) & (top_p >= 1) & (min_p <= 0))
+    return np.where(inside & ~lost, np.minimum(place, end - 1), -1)
 
 
 def prompt_logprobs(output: Output, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -140,11 +183,24 @@ def prompt_logprobs(output: Output, rows: Sequence[int], tokens: Sequence[int], 
     ]
 
 
+def token_logprob(output: Output, row: int, token: int, temperature: float) -> float:
+    """Log-probability of `token` under a row of `output`, whose total is of `temperature`."""
+    if temperature == 1 and output.candidates is not None and output.total is not None:
+        found = output.candidate_logits
+        if found is None:
+            logits = output.logits[row]
+            return float(logits[token]) - float(logits[output.candidates[row, 0]]) - math.log(output.total[row])
+        place = np.flatnonzero(output.candidates[row] == token)
+        if len(place):
+            return float(found[row, place[0]]) - float(found[row, 0]) - math.log(output.total[row])
+    return logprob(output.logits[row], token, 0).logprob or 0.0
+
+
 def logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `top` most probable tokens under the raw logits."""
     peak = float(logits.max())
     total = peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
-    best = _largest(logits, top)
+    best = _largest(logits, top) if top else ()
     return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))
 
 

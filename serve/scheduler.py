@@ -172,7 +172,7 @@ class Scheduler:
                 request.computed,
                 [request.output[-1], *drafts],
                 want="all" if drafts else "last",
-                temperature=request.params.temperature,
+                temperature=request.temperature,
             )
             step.requests.append(request)
 
@@ -196,7 +196,7 @@ class Scheduler:
             past,
             request.span(past, end),
             want="hidden" if request.embed else "last" if end == request.length and request.generates else "none",
-            temperature=request.params.temperature,
+            temperature=request.temperature,
             scored=min(end, len(request.prompt) - 1) - past if request.scoring else 0,
         )
         step.requests.append(request)

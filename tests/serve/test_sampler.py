@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from serve.plan import Floats, Output
 from serve.request import SamplingParams, TokenLogprob
-from serve.sampler import Sampler, _largest, logprob, prompt_logprobs
+from serve.sampler import Sampler, _largest, draw, logprob, prompt_logprobs, token_logprob
 
 VOCABULARY = 50
 random = np.random.default_rng(0)
@@ -189,3 +190,39 @@ special = st.sampled_from([0.0, -0.0, float("-inf"), 1e-40, -1e-40])
 def test_the_largest_come_first_and_equal_ones_by_id(values: list[float], count: int) -> None:
     expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     assert _largest(np.array(values, np.float32), count).tolist() == expected
+
+
+@given(st.lists(ways, min_size=1, max_size=9), st.integers(0, 2**32), st.sampled_from([40, 64, 1500]), st.booleans())
+@settings(deadline=None)
+def test_draws_in_one_go_are_those_of_each_alone(
+    asked: list[dict[str, Any]], seed: int, size: int, candidates: bool
+) -> None:
+    chance = np.random.default_rng(seed)
+    logits = (chance.standard_normal((len(asked), size)) * chance.choice([0.1, 1, 8])).round(1).astype(np.float32)
+    asked = [params | {"temperature": params["temperature"] or 0.7} for params in asked]
+    together, alone = (
+        [Sampler(SamplingParams(seed=seed + i, **params), [1, 2], size, (5,)) for i, params in enumerate(asked)]
+        for _ in range(2)
+    )
+    parts = [best_first(row, params["temperature"]) for row, params in zip(logits, asked, strict=True)]
+    found = [np.concatenate([part.candidates for part in parts]), np.concatenate([part.total for part in parts])]
+    output = Output(logits, logits[:0], range(len(asked)), *(found if candidates else ()))
+    rows = chance.permutation(len(asked)).tolist()
+    tokens = draw(output, rows, [together[row] for row in rows])
+    assert tokens == [draw(output, [row], [alone[row]])[0] for row in rows]
+    assert all(0 <= token < size for token in tokens)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([40, 1500]), st.booleans())
+@settings(deadline=None)
+def test_a_watched_tokens_log_probability_is_that_of_the_whole_row(seed: int, size: int, on_device: bool) -> None:
+    logits = (np.random.default_rng(seed).standard_normal(size) * 3).astype(np.float32)
+    output = best_first(logits, 1.0)
+    assert output.candidates is not None
+    if on_device:
+        output = replace(output, candidate_logits=logits[output.candidates[0]][None])
+    order = np.argsort(-logits)
+    for token in (int(order[0]), int(order[5]), int(order[-1])):
+        expected = logprob(logits, token, 0).logprob
+        assert token_logprob(output, 0, token, 1.0) == pytest.approx(expected, abs=1e-5)
+        assert token_logprob(output, 0, token, 0.7) == expected

@@ -198,7 +198,7 @@ def test_a_conversation_and_a_request_id_stay_on_their_side() -> None:
 
 def test_an_answer_holds_its_version_as_long_as_it_lasts() -> None:
     async def main() -> None:
-        async with serving(FakeEngine(step_seconds=0.001)) as rig, aiohttp.ClientSession(rig.url) as http:
+        async with serving(FakeEngine(step_seconds=0.005)) as rig, aiohttp.ClientSession(rig.url) as http:
             among = rig.service.versions
             old, new = among.current, version(1)
             body = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 4000, "stream": True}
