@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from bench.machine import describe
 from proto.manifest import GRAPH, WEIGHTS, Manifest, load
-from serve.device_memory import Device, devices_of, open_device_session
 from serve.device_runner import DeviceRunner
+from serve.device_session import devices_of, open_device_session
+from serve.device_stream import Device
 from serve.plan import Plan
 from train.flops import flops_per_token
 from train.hardware import HARDWARE, Hardware
@@ -38,7 +39,7 @@ def ours(manifest: Manifest, directory: Path, device: Device, batch: int, prompt
     """Tokens a second of `batch` rows: decoding, and in prompts of `prompt` tokens."""
     session = open_device_session(directory / GRAPH, device)
     sizes = {"num_slots": batch, "capacity": prompt + tokens + WARM_UP, "max_rows": prompt}
-    runner = DeviceRunner(session, manifest.architecture, **sizes, device=device)
+    runner = DeviceRunner(session, manifest.architecture, **sizes, stream=session.stream)
     random = np.random.default_rng(0)
     texts = random.integers(manifest.architecture.vocab_size, size=(batch, prompt)).tolist()
     prefill = []

@@ -44,7 +44,7 @@ class TracedScheduler(Scheduler):
         super().__init__(cache, **settings)
         blocks = cache.num_blocks if isinstance(cache, BlockCache) else 0
         TRACE.engine = {**settings, "capacity": cache.capacity, "num_blocks": blocks}
-        del TRACE.engine["speculate"]
+        del TRACE.engine["speculate"], TRACE.engine["ahead"]
         self._last: tuple[float, list[float]] | None = None
 
     def schedule(self, now: float) -> Step:

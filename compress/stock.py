@@ -8,9 +8,8 @@
 Inputs: `input_ids` int64 [batch, sequence]; `seqlens_k` int32 [batch], each row's length after this step minus 1;
 `total_sequence_length` int32 [], the largest length; `logits_rows` int64 [rows], indices into batch * sequence; and
 by layer `key_cache.{i}`, `value_cache.{i}` [batch, kv_heads, capacity, head_size], int8 or of the activations' type,
-which is float32 or, for CUDA, of 16 bits. The graph for CUDA chooses too: compress/selection.py has what that adds.
-Outputs: `logits`, `hidden`, both float32, and `key_cache_out.{i}`, `value_cache_out.{i}`, to be bound to the inputs'
-memory.
+which is float32 or, for CUDA, of 16 bits. Outputs: `logits`, `hidden`, both float32, and `key_cache_out.{i}`,
+`value_cache_out.{i}`, to be bound to the inputs' memory. The graph for CUDA has others too: compress/selection.py.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from compress.linear import multiply, rotate_value
 from compress.operands import Operand, int8_rows, load, row_values
 from compress.packing import DEPTH, pad
 from compress.precisions import float_type, is_float, is_weight_only, precision_of
-from compress.selection import select
+from compress.selection import gather_tokens, input_tokens, select
 from compress.weight_file import WeightStore
 from proto.manifest import GRAPH, Precision, Recipe
 
@@ -68,7 +67,7 @@ class StockGraph:
     def write(self, directory: Path) -> None:
         """Write `model.onnx` into the directory of the weight file, which must hold all constants."""
         g, d = self.graph, self.decoder
-        g.input("input_ids", np.int64, ["batch", "sequence"])
+        (input_tokens if self.floats == np.float32 else gather_tokens)(g)
         self._input_lengths()
         head = self._load_head()
         residual = self._embed(head)

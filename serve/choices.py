@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proto.manifest import Manifest
-from serve.device_memory import CURE, devices_of, free_bytes
+from serve.device_memory import free_bytes
+from serve.device_session import CURE, devices_of
 from serve.machine import available_bytes, cpu_quota
 from serve.settings import Settings
 

@@ -1,16 +1,22 @@
 """The runner of graphs that choose on the device: caches and results stay there, and small arrays cross.
 
-1 tokens, lengths and temperatures go to the device; 2 it decodes all rows in one run, and prompt chunks in one each;
-3 of every row come back the largest logits, which tokens they are, and the sum of all: some hundreds of bytes.
+1 tokens, lengths and what is needed to choose go to the device in one copy; 2 it decodes all rows in one run, and
+prompt chunks in one each; 3 of every row come back the largest logits, which tokens they are, the sum of all, and the
+token that the device guesses: some hundreds of bytes. `launch` begins all of that and waits for nothing; a row of the
+next plan may take the guess for its token, which lies on the device already.
 
 Decode runs have one of a ladder of sizes, each with arrays bound once: on CUDA such a run is captured as a CUDA graph
 when the runner is made, and replayed. Rows of the size that decode nothing write one position behind their last token,
 which nobody reads. A captured run knows no lengths but those on the device, so the host always says `capacity`.
+
+A plan's results are read while the next one runs, so there are two sides: two buffers for results, used in turns, and
+of every captured graph two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -18,12 +24,33 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from proto.manifest import Architecture
-from serve.device_memory import HOST, Device, DeviceArray
+from serve.device_memory import DeviceArray
+from serve.device_stream import ON_HOST, Stream
 from serve.plan import Copy, Floats, Output, Plan, Segment
 from serve.slot_runner import SlotRunner
 
 NO_CAPTURE = "-1"
-KINDS = {"logits": np.float32, "hidden": np.float32, "candidates": np.int32, "candidate_logits": np.float32}
+RESULTS: dict[str, type[np.generic]] = {
+    "logits": np.float32,
+    "hidden": np.float32,
+    "candidates": np.int32,
+    "candidate_logits": np.float32,
+    "total": np.float32,
+}
+DOWNLOADED = ("candidates", "candidate_logits", "total", "guesses")
+# What a decode run is told of each row, in words of 4 bytes: its token unless it is guessed, and then by the graph's
+# names where its token lies, its length, and what is needed to choose.
+FIELDS: dict[str, type[np.generic]] = {
+    "known": np.int32,
+    "token_rows": np.int32,
+    "seqlens_k": np.int32,
+    "temperature": np.float32,
+    "share": np.float32,
+    "top_p": np.float32,
+}
+WAYS = ("temperature", "share", "top_p")
+NO_WAY = (1.0, 0.0, 1.0)  # the largest, and the sum at temperature 1
+KINDS: dict[type[np.generic], str] = {np.int32: "tensor(int32)", np.float32: "tensor(float)"}
 
 
 def ladder(num_slots: int) -> list[int]:
@@ -33,7 +60,9 @@ def ladder(num_slots: int) -> list[int]:
 
 
 class DeviceRunner(SlotRunner):
-    """Owns the session and the memory on its device."""
+    """Owns the memory on the session's device."""
+
+    guesses = True
 
     def __init__(
         self,
@@ -43,70 +72,89 @@ class DeviceRunner(SlotRunner):
         num_slots: int,
         capacity: int,
         max_rows: int,
-        device: Device = HOST,
+        stream: Stream = ON_HOST,
     ) -> None:
-        """`max_rows`: the most tokens of one chunk. Captures every size of decode run, if the session captures."""
+        """`max_rows`: the most tokens of one chunk; `stream`: on which the session runs.
+
+        Captures every size of decode run, if the session captures.
+        """
         super().__init__(num_slots)
         self._session = session
-        self._device = device
+        self._stream = stream
         self._capacity = capacity
         self._ladder = ladder(num_slots)
         a = architecture
         kinds = {value.name: value.type for value in session.get_inputs()}
         shape = (num_slots, a.num_kv_heads, capacity, a.head_size)
         self._names = [f"{kind}_cache{{}}.{i}" for i in range(a.num_layers) for kind in ("key", "value")]
-        self._caches = [DeviceArray(shape, kinds[name.format("")], device) for name in self._names]
+        self._caches = [DeviceArray(shape, kinds[name.format("")], stream) for name in self._names]
         for cache in self._caches:
             cache.clear()  # whatever lay there, NaN too, would pass through the masks
-        self._spare = DeviceArray((1, *shape[1:]), kinds["key_cache.0"], device)
+        self._spare = DeviceArray((1, *shape[1:]), kinds["key_cache.0"], stream)
         self.kv_bytes = sum(cache.nbytes for cache in self._caches)
 
         # A step may begin one chunk and end another.
-        rows = num_slots + 2 * max_rows + 1
+        self._rows = num_slots + 2 * max_rows + 1
         sizes = {value.name: value.shape[1:] for value in session.get_outputs()}
-        self._results = {
-            name: DeviceArray((rows, *sizes[name]), "tensor(int32)" if dtype is np.int32 else "tensor(float)", device)
-            for name, dtype in KINDS.items()
-        }
-        self._results["total"] = DeviceArray((rows,), "tensor(float)", device)
-        self._rows = rows
-
-        self._inputs = {name: DeviceArray((num_slots, *width), kinds[name], device) for name, width in WIDTHS.items()}
-        self._inputs["logits_rows"].write(np.arange(num_slots))
-        self._host: dict[str, NDArray[Any]] = {
-            "input_ids": np.zeros((num_slots, 1), np.int64),
-            "seqlens_k": np.zeros(num_slots, np.int32),
-            "temperature": np.ones(num_slots, np.float32),
-        }
+        self._sides = [Side(self._rows, num_slots, sizes, stream) for _ in range(2)]
+        self._side = self._sides[0]
+        # The guesses of the latest plan, and behind them the fields of a decode run.
+        self._words = DeviceArray((self._rows + len(FIELDS) * num_slots,), "tensor(int32)", stream)
+        self._words.clear()
+        self._row_of_position: dict[int, int] = {}  # of the latest plan: where its results lie
+        self._all_rows = DeviceArray((num_slots,), "tensor(int64)", stream)
+        self._all_rows.upload(np.arange(num_slots))
         self._full = np.array(capacity, np.int32)
-        self._decodes = {size: self._bind_decode(size) for size in self._ladder}
         self._uncaptured = _run_options(NO_CAPTURE)
-        for size in self._ladder:
-            self._decode(size)
+        for number, (side, size) in enumerate(product(self._sides, self._ladder)):
+            side.decodes[size] = self._bind_decode(side, size), _run_options(str(number))
+            self._session.run_with_iobinding(*side.decodes[size])
+        stream.mark()()
 
-    def _bind_decode(self, size: int) -> tuple[ort.IOBinding, ort.RunOptions]:
+    def _bind_decode(self, side: Side, size: int) -> ort.IOBinding:
         binding = self._session.io_binding()
+        num_slots = len(self._row_of)
         self._bind_caches(binding, 0, size)
-        for name, array in self._inputs.items():
-            array.bind(binding, name, 0, size)
-        self._bind_results(binding, 0, size)
+        self._words.bind(binding, "tokens", 0, self._rows + num_slots)
+        for number, (name, dtype) in enumerate(FIELDS.items()):
+            if name != "known":
+                shape = (size, 1) if name == "token_rows" else (size,)
+                self._words.bind_as(binding, name, self._rows + number * num_slots, KINDS[dtype], shape)
+        self._all_rows.bind(binding, "logits_rows", 0, size)
+        self._bind_results(binding, side, 0, size)
         _bind_host(binding, "total_sequence_length", self._full)
-        return binding, _run_options(str(size))
+        return binding
 
     def _bind_caches(self, binding: ort.IOBinding, first: int, rows: int) -> None:
         for name, cache in zip(self._names, self._caches, strict=True):
             cache.bind(binding, name.format(""), first, rows)
             cache.bind(binding, name.format("_out"), first, rows, output=True)
 
-    def _bind_results(self, binding: ort.IOBinding, first: int, rows: int) -> None:
-        for name, array in self._results.items():
+    def _bind_results(self, binding: ort.IOBinding, side: Side, first: int, rows: int) -> None:
+        for name, array in side.results.items():
             array.bind(binding, name, first, rows, output=True)
+        self._words.bind(binding, "guesses", first, rows, output=True)
 
-    def _decode(self, size: int) -> None:
-        for name, array in self._host.items():
-            self._inputs[name].write(array[:size])
-        binding, options = self._decodes[size]
-        self._session.run_with_iobinding(binding, options)
+    def run(self, plan: Plan) -> Output:
+        return self.launch(plan)()
+
+    def launch(self, plan: Plan) -> Callable[[], Output]:
+        """Begin `plan`. Its results are valid until the next launch but one."""
+        self._side = side = self._sides[self._side is self._sides[0]]
+        index = self._row_of_position = self._begin(plan)
+        wanted = [index[at] for at in plan.wanted]
+        count = max(wanted, default=0) + 1
+        for name in DOWNLOADED:
+            (self._words if name == "guesses" else side.results[name]).download(side.host[name][:count])
+        wait = self._stream.mark()
+
+        def results() -> Output:
+            wait()
+            hidden = [side.results["hidden"].fetch(index[at], 1, np.float32) for at in plan.hidden]
+            nothing = np.zeros((0, side.results["hidden"].shape[1]), np.float32)
+            return Output(DeviceRows(side.results["logits"]), np.concatenate([*hidden, nothing]), wanted, **side.host)
+
+        return results
 
     def _batch(self, num_rows: int) -> int:
         return next(size for size in self._ladder if size >= num_rows)
@@ -116,29 +164,38 @@ class DeviceRunner(SlotRunner):
             raise ValueError(f"a step wants {needed} rows of results and there is room for {self._rows}; ask for fewer")
 
     def _run_decode(self, plan: Plan, segments: Sequence[tuple[int, Segment]], batch: int) -> None:
-        host, temperatures = self._host, dict(zip(plan.wanted, plan.temperatures, strict=True))
+        fields, ways = self._side.fields, _ways(plan)
+        fields["token_rows"][:] = range(self._rows, self._rows + len(self._row_of))
         for row in range(batch):
-            host["seqlens_k"][row] = min(self._length[self._slot_in[row]], self._capacity - 1)
-        host["temperature"][:batch] = 1
+            fields["seqlens_k"][row] = min(self._length[self._slot_in[row]], self._capacity - 1)
         for row, segment in segments:
-            host["input_ids"][row] = plan.tokens[segment.start]
-            host["seqlens_k"][row] = segment.past
-            host["temperature"][row] = temperatures.get(segment.start) or 1  # greedy rows need no sum
-        self._decode(batch)
+            if segment.follows is None:
+                fields["known"][row] = plan.tokens[segment.start]
+            else:
+                fields["token_rows"][row] = self._row_of_position[segment.follows]
+            fields["seqlens_k"][row] = segment.past
+            for name, value in zip(WAYS, ways.get(segment.start, NO_WAY), strict=True):
+                fields[name][row] = value
+        self._words.upload(self._side.words, self._rows)
+        self._session.run_with_iobinding(*self._side.decodes[batch])
 
     def _run_chunk(self, plan: Plan, segment: Segment, row: int, wanted: list[int], filled: int) -> None:
-        temperatures = dict(zip(plan.wanted, plan.temperatures, strict=True))
+        ways = _ways(plan)
+        chosen = [ways.get(segment.start + at, NO_WAY) for at in wanted]
         end = segment.past + segment.count
         feeds: dict[str, NDArray[Any]] = {
-            "input_ids": np.array([plan.tokens[segment.start : segment.start + segment.count]], np.int64),
+            "tokens": np.array(plan.tokens[segment.start : segment.start + segment.count], np.int32),
+            "token_rows": np.arange(segment.count, dtype=np.int32)[None],
             "seqlens_k": np.array([end - 1], np.int32),
             "total_sequence_length": np.array(end, np.int32),
             "logits_rows": np.array(wanted, np.int64),
-            "temperature": np.array([temperatures.get(segment.start + at) or 1 for at in wanted], np.float32),
+            **{
+                name: np.array(values, np.float32) for name, values in zip(WAYS, zip(*chosen, strict=True), strict=True)
+            },
         }
         binding = self._session.io_binding()
         self._bind_caches(binding, row, 1)
-        self._bind_results(binding, filled, len(wanted))
+        self._bind_results(binding, self._side, filled, len(wanted))
         for name, array in feeds.items():
             _bind_host(binding, name, array)
         self._session.run_with_iobinding(binding, self._uncaptured)
@@ -154,19 +211,21 @@ class DeviceRunner(SlotRunner):
             for cache in self._caches:
                 cache.copy_row(source, cache, target)
 
-    def _output(self, wanted: list[int], hidden: list[int], filled: int) -> Output:
-        results = self._results
-        states = [results["hidden"].read(row, 1, np.float32) for row in hidden]
-        width = results["hidden"].shape[1]
-        count = max(wanted, default=0) + 1
-        return Output(
-            DeviceRows(results["logits"]),
-            cast(Floats, np.concatenate([*states, np.zeros((0, width), np.float32)])),
-            wanted,
-            cast(NDArray[np.int32], results["candidates"].read(0, count, np.int32)),
-            cast(Floats, results["total"].read(0, count, np.float32)),
-            cast(Floats, results["candidate_logits"].read(0, count, np.float32)),
-        )
+
+class Side:
+    """Buffers of one plan's results on the device, of what is told and read of them on the host, and decode runs."""
+
+    def __init__(self, rows: int, num_slots: int, sizes: Mapping[str, Sequence[int]], stream: Stream) -> None:
+        self.results = {
+            name: DeviceArray((rows, *sizes[name]), KINDS[dtype], stream) for name, dtype in RESULTS.items()
+        }
+        self.host = {name: stream.zeros((rows, *sizes[name]), RESULTS.get(name, np.int32)) for name in DOWNLOADED}
+        self.words = stream.zeros((len(FIELDS) * num_slots,), np.int32)
+        parts = np.split(self.words, len(FIELDS))
+        self.fields = {name: part.view(dtype) for part, (name, dtype) in zip(parts, FIELDS.items(), strict=True)}
+        for name, value in zip(WAYS, NO_WAY, strict=True):
+            self.fields[name][:] = value
+        self.decodes: dict[int, tuple[ort.IOBinding, ort.RunOptions]] = {}
 
 
 class DeviceRows:
@@ -181,17 +240,25 @@ class DeviceRows:
             rows, columns = index
             found: Floats = np.take_along_axis(self[np.ravel(rows)], columns, axis=1)
             return found
-        fetched = [cast(Floats, self._array.read(int(row), 1, np.float32)) for row in np.ravel(index)]
+        fetched = [cast(Floats, self._array.fetch(int(row), 1, np.float32)) for row in np.ravel(index)]
         return fetched[0][0] if np.ndim(index) == 0 else np.concatenate(fetched)
 
 
-WIDTHS: dict[str, tuple[int, ...]] = {"input_ids": (1,), "seqlens_k": (), "logits_rows": (), "temperature": ()}
+def _ways(plan: Plan) -> dict[int, tuple[float, float, float]]:
+    """Of each wanted position the temperature, the share and top_p."""
+    shares, top_ps = plan.shares or [0.0] * len(plan.wanted), plan.top_ps or [1.0] * len(plan.wanted)
+    greedy, *_ = NO_WAY
+    return {
+        at: (temperature or greedy, share, top_p)
+        for at, temperature, share, top_p in zip(plan.wanted, plan.temperatures, shares, top_ps, strict=True)
+    }
 
 
 def _run_options(graph: str) -> ort.RunOptions:
-    """For the CUDA graph of this number."""
+    """For the CUDA graph of this number, without a wait for its end."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", graph)
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
 
 

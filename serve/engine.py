@@ -1,5 +1,7 @@
 """The engine: one thread that owns the model. `step()` is schedule, run, sample, emit, whatever the runner.
 
+With a runner that guesses, what is sampled and emitted is the run before: the device computes meanwhile.
+
 Requests come in through `submit`, from any thread, and leave through their own channels: each step's answers are
 handed to `deliver` in one list, so that crossing to the event loop costs one wake-up per step. A closed channel is a
 cancellation in whatever state. An error in one request ends that request; a failed run ends the requests in it.
@@ -11,22 +13,30 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from serve.engine_metrics import EngineMetrics
 from serve.errors import Draining, InternalError, InvalidRequest, Overloaded, TimedOut
 from serve.generation import Generation
-from serve.plan import Floats, Output, Runner, Segment
-from serve.request import Channel, Chunk, FinishReason, Request, TokenLogprob
-from serve.sampler import draw, prompt_logprobs, token_logprob
+from serve.landing import Landing, failed
+from serve.plan import Output, Runner
+from serve.request import Channel, Chunk, FinishReason, Request
 from serve.scheduler import Scheduler, Step
 from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("pawl.engine")
 
 Deliver = Callable[[list[tuple[Channel, Chunk]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A run that was launched at `began`, monotonic seconds; `wait` gives its results."""
+
+    step: Step
+    wait: Callable[[], Output]
+    began: float
 
 
 class Engine:
@@ -58,6 +68,8 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._generations: dict[Request, Generation] = {}
+        self._landing = Landing(scheduler, self._generations, metrics, self._emit, self._finish)
+        self._flight: Flight | None = None  # the run that the next step will sample, if the runner guesses
         self._outbox: list[tuple[Channel, Chunk]] = []
 
     # -- from any thread ----------------------------------------------------------------------------------------
@@ -94,7 +106,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self._arrivals and self.scheduler.idle
+        return not self._arrivals and self.scheduler.idle and self._flight is None
 
     @property
     def load(self) -> int:
@@ -135,19 +147,35 @@ class Engine:
         self._accept()
         self._sweep(now)
         step = self.scheduler.schedule(now)
-        if step.requests:
-            try:
-                output = self.runner.run(step.plan)
-            except Exception:
-                log.exception("a run failed; ending its %d requests", len(step.requests))
-                self._fail(step)
-            else:
-                self.scheduler.advance(step)
-                self._sample(step, output)
-                seconds = time.monotonic() - now
-                self.scheduler.cost.observe(len(step.plan.tokens), seconds, step.num_prompt_tokens, step.scored)
+        flight = self._launch(step, now) if step.requests else None
+        if self.runner.guesses:
+            flight, self._flight = self._flight, flight
+        if flight is not None:
+            self._land(flight)
         self._observe(step)
         self._flush()
+
+    def _launch(self, step: Step, now: float) -> Flight | None:
+        try:
+            if self.runner.guesses:
+                self._landing.foretell(step)
+            wait = self.runner.launch(step.plan)
+        except Exception:
+            self._fail(step)
+            return None
+        self.scheduler.advance(step)
+        return Flight(step, wait, now)
+
+    def _land(self, flight: Flight) -> None:
+        step = flight.step
+        try:
+            output = flight.wait()
+        except Exception:
+            self._fail(step)
+            return
+        self._landing.land(step, output, self._flight.step if self._flight else None)
+        seconds = time.monotonic() - flight.began
+        self.scheduler.cost.observe(len(step.plan.tokens), seconds, step.num_prompt_tokens, step.scored)
 
     def _accept(self) -> None:
         while self._arrivals:
@@ -160,7 +188,7 @@ class Engine:
                 self.scheduler.waiting.append(request)
             except Exception as error:
                 log.exception("could not prepare a request", extra={"request_id": request.id})
-                self._emit(request, Chunk(finish_reason="error", error=_failed(error), usage=request.usage))
+                self._emit(request, Chunk(finish_reason="error", error=failed(error), usage=request.usage))
 
     def _sweep(self, now: float) -> None:
         for request in list(self.scheduler.requests()):
@@ -173,114 +201,12 @@ class Engine:
                 )
                 self._finish(request, "error", Chunk(error=TimedOut(message)))
 
-    def _sample(self, step: Step, output: Output) -> None:
-        """Turn wanted rows into tokens and scores. Wanted positions come in the order of the segments."""
-        at = hidden_at = 0
-        gaps: list[float] = []
-        tokens, now, drawn = step.plan.tokens, time.monotonic(), self._draw(step, output)
-        for request, segment in zip(step.requests, step.plan.segments, strict=True):
-            try:
-                if request.embed:
-                    hidden_at += segment.count
-                    self._embed(request, output.hidden[hidden_at - segment.count : hidden_at])
-                    continue
-                if segment.scored:
-                    at += segment.scored
-                    self._score(request, segment, output, output.rows[at - segment.scored : at])
-                end = segment.start + segment.count
-                num_drafts = segment.past + segment.count - request.length
-                if num_drafts >= 0 and not request.generates:
-                    self._finish(request, "length", Chunk(prompt_logprobs=request.prompt_logprobs))
-                elif num_drafts >= 0:  # else there is more of the prompt to come
-                    rows = output.rows[at : at + num_drafts + 1]
-                    at += num_drafts + 1
-                    self._extend(request, output, rows, tokens[end - num_drafts : end], drawn.get(request), now, gaps)
-            except Exception as error:
-                log.exception("a request failed", extra={"request_id": request.id})
-                self._finish(request, "error", Chunk(error=_failed(error)))
-        self.metrics.step_tokens(gaps)
-
-    def _draw(self, step: Step, output: Output) -> dict[Request, int]:
-        """What is drawn for the requests that take one token and draw it from a row as it is: all in one go."""
-        row_of = dict(zip(step.plan.wanted, output.rows, strict=True))
-        found = [
-            (request, row_of[segment.start + segment.count - 1])
-            for request, segment in zip(step.requests, step.plan.segments, strict=True)
-            if request.generates
-            and segment.past + segment.count == request.length
-            and self._generations[request].sampler.draws(len(request.output))
-        ]
-        if not found:
-            return {}
-        requests, rows = zip(*found, strict=True)
-        try:
-            tokens = draw(output, rows, [self._generations[request].sampler for request in requests])
-        except Exception:
-            log.exception("drawing for %d requests failed; each draws alone", len(requests))
-            return {}
-        return dict(zip(requests, tokens, strict=True))
-
-    def _extend(
-        self,
-        request: Request,
-        output: Output,
-        rows: Sequence[int],
-        drafts: list[int],
-        drawn: int | None,
-        now: float,
-        gaps: list[float],
-    ) -> None:
-        """Choose a token from the first row, and from the next as long as the token before it is as drafted."""
-        sampler = self._generations[request].sampler
-        accepted, refused = 0, False
-        for row in rows:
-            token, chosen = sampler.choose(output, row, len(request.output), drawn)
-            if request.watched:
-                request.logprob_sum += token_logprob(output, row, token, request.temperature)
-            if request.last_token is not None:
-                gaps.append(now - request.last_token)
-            request.first_token = request.first_token or now
-            request.last_token = now
-            self._append(request, token, chosen)
-            if accepted == len(drafts):
-                break
-            refused = token != drafts[accepted]
-            if refused or request.finish_reason is not None or request.channel.closed:
-                break
-            accepted += 1
-            request.computed += 1
-        if drafts and request.speculation is not None:
-            request.speculation.judge(accepted, refused)
-            self.metrics.speculation(len(drafts), accepted)
-
-    def _append(self, request: Request, token: int, chosen: TokenLogprob | None) -> None:
-        """A new token: spell it, look for a reason to stop, answer."""
-        text, reason = self._generations[request].append(token)
-        chunk = Chunk(text, [token], [chosen] if chosen else [])
-        if len(request.output) == 1:
-            chunk.prompt_logprobs = request.prompt_logprobs
-        if reason is None:
-            self._emit(request, chunk)
-        else:
-            self._finish(request, reason, chunk)
-
-    @staticmethod
-    def _score(request: Request, segment: Segment, output: Output, rows: Sequence[int]) -> None:
-        """Tell the log-probabilities of the prompt's tokens that follow the segment's scored positions."""
-        assert request.params.prompt_logprobs is not None
-        tokens = request.span(segment.past + 1, segment.past + 1 + segment.scored)
-        request.prompt_logprobs += prompt_logprobs(output, rows, tokens, request.params.prompt_logprobs)
-
-    def _embed(self, request: Request, hidden: Floats) -> None:
-        """Add a chunk's hidden states, [count, hidden]; after the last one answer with their normed mean."""
-        before = np.zeros(hidden.shape[1]) if request.hidden_sum is None else request.hidden_sum
-        request.hidden_sum = np.vstack([before, hidden]).sum(axis=0)  # row by row: the same bits for any chunks
-        if not request.prefilling:
-            vector = request.hidden_sum / (np.linalg.norm(request.hidden_sum) or 1.0)
-            self._finish(request, "stop", Chunk(embedding=vector.tolist()))
-
     def _fail(self, step: Step) -> None:
+        """End the requests of a run that failed; some may have ended since it began."""
+        log.exception("a run failed; ending its %d requests", len(step.requests))
         for request in step.requests:
+            if request.finish_reason is not None:
+                continue
             if request.table is not None:
                 self.scheduler.cache.forget(request.table)
             error = InternalError("the model failed on this batch; see the server's log")
@@ -296,6 +222,9 @@ class Engine:
         self._emit(request, chunk)
 
     def _abort_all(self) -> None:
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._land(flight)
         self._accept()
         for request in list(self.scheduler.requests()):
             error = Draining("the server shut down before this request was finished")
@@ -321,7 +250,3 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             kv_usage=self.scheduler.cache.usage,
         )
-
-
-def _failed(error: Exception) -> InternalError:
-    return InternalError(f"the request failed inside the server: {error}")

@@ -15,8 +15,9 @@ from proto.manifest import GRAPH, NATIVE_GRAPH, Manifest
 from serve.block_cache import BLOCK, BlockCache
 from serve.cache import Cache
 from serve.choices import Block, Choices, SettingsError
-from serve.device_memory import HOST, Device, DeviceUnavailable, open_device_session
 from serve.device_runner import DeviceRunner
+from serve.device_session import DeviceSession, DeviceUnavailable, open_device_session
+from serve.device_stream import HOST, Device
 from serve.native import NativeUnavailable, instruction_set, library
 from serve.native_runner import NativeRunner, block_shape
 from serve.plan import Runner
@@ -127,7 +128,9 @@ class DeviceForm:
     ) -> tuple[Runner, Scheduler]:
         chunk = settings.prefill_chunk or self.prefill_chunk
         slots, capacity, a = choices.num_slots, choices.max_context, manifest.architecture
-        runner = DeviceRunner(session, a, num_slots=slots, capacity=capacity, max_rows=chunk, device=self.device)
+        assert isinstance(session, DeviceSession)
+        sizes = {"num_slots": slots, "capacity": capacity, "max_rows": chunk}
+        runner = DeviceRunner(session, a, **sizes, stream=session.stream)
         return runner, _scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
 
 
@@ -167,4 +170,5 @@ def _scheduler(runner: Runner, cache: Cache, settings: Settings, choices: Choice
         any_chunking=runner.any_chunking,
         itl_limit=settings.itl_limit,
         speculate=settings.speculate,
+        ahead=runner.guesses,
     )

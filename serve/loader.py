@@ -9,13 +9,13 @@ from weakref import WeakValueDictionary
 
 from proto.manifest import CHAT_TEMPLATE, TOKENIZER, Manifest
 from serve.choices import MIB, Choices, choose, kv_budget
-from serve.device_memory import devices_of
+from serve.delivery import Delivery
+from serve.device_session import devices_of
 from serve.engine import Engine
 from serve.engines import Engines
 from serve.forms import Form, pick
 from serve.metrics import Metrics
 from serve.plan import Plan
-from serve.request import Channel, Chunk
 from serve.settings import Settings
 from serve.tokenizer import Tokenizer
 from serve.version import Version
@@ -27,7 +27,7 @@ class Loader:
     def __init__(self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._loop = loop
+        self._delivery = Delivery(loop)
         self._kv_budget = kv_budget(settings)
         # Reading one stops all other threads for a third of a second, and retraining keeps the tokenizer.
         self._tokenizers: WeakValueDictionary[tuple[str, ...], Tokenizer] = WeakValueDictionary()
@@ -54,7 +54,7 @@ class Loader:
                 scheduler,
                 tokenizer,
                 self._metrics.engine(manifest, choices, number),
-                self._deliver,
+                self._delivery,
                 eos_token_ids=tuple(manifest.architecture.eos_token_ids),
                 vocab_size=manifest.architecture.vocab_size,
                 request_timeout_seconds=self._settings.request_timeout_seconds,
@@ -75,9 +75,6 @@ class Loader:
         self._tokenizers[key] = found
         return found
 
-    def _deliver(self, batch: list[tuple[Channel, Chunk]]) -> None:
-        self._loop.call_soon_threadsafe(_dispatch, batch)
-
 
 def describe(manifest: Manifest, forms: Sequence[Form], choices: Choices) -> str:
     """What is served and what was chosen, in one line."""
@@ -86,8 +83,3 @@ def describe(manifest: Manifest, forms: Sequence[Form], choices: Choices) -> str
         f"{choices.threads} threads ({choices.threads_why}), {choices.num_slots} slots ({choices.slots_why}) of "
         f"{choices.max_context} tokens, KV budget {choices.kv_bytes // MIB} MiB {choices.block.type}"
     )
-
-
-def _dispatch(batch: list[tuple[Channel, Chunk]]) -> None:
-    for channel, chunk in batch:
-        channel.send(chunk)

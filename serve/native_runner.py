@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from proto.manifest import Architecture
 from serve.block_cache import BLOCK, blocks_for
-from serve.plan import Output, Plan
+from serve.plan import Output, Plan, Runner
 
 ALIGNMENT = 64  # bytes, of the cache and so of every block
 MOST_BINDINGS = 256
@@ -32,7 +32,7 @@ def block_shape(architecture: Architecture) -> tuple[int, int, int]:
     return architecture.num_layers, architecture.num_kv_heads, block_bytes(architecture.head_size)
 
 
-class NativeRunner:
+class NativeRunner(Runner):
     """Owns the session and the cache's memory. One thread at a time."""
 
     any_chunking = True

@@ -105,6 +105,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     table: Table | None = None  # while it runs
     computed: int = 0
+    awaited: int | None = None  # where the latest plan computes a token that is not known yet: its flat position
     cached: int = 0  # tokens of the prompt that were computed already when it was first scheduled
     speculation: Speculation | None = None
     first_scheduled: float | None = None
@@ -160,6 +161,11 @@ class Request:
     def decoding(self) -> bool:
         """True while only the token chosen last is not computed."""
         return bool(self.output) and self.num_pending == 1
+
+    @property
+    def continues(self) -> bool:
+        """Whether a token is awaited and, as far as is known, another one wanted behind it."""
+        return self.awaited is not None and len(self.output) + 1 < self.params.max_tokens
 
     def span(self, start: int, end: int) -> list[int]:
         """The known tokens from position `start` up to `end`."""

@@ -65,6 +65,11 @@ class StockRunner(SlotRunner):
         self._decode_bindings: dict[int, ort.IOBinding] = {}
         self._chunk_bindings: dict[int, ort.IOBinding] = {}
 
+    def run(self, plan: Plan) -> Output:
+        """Execute `plan`; its results are valid until the next run."""
+        index = self._begin(plan)
+        return Output(self._logits, self._hidden[[index[at] for at in plan.hidden]], [index[at] for at in plan.wanted])
+
     def _batch(self, num_rows: int) -> int:
         return num_rows
 
@@ -125,9 +130,6 @@ class StockRunner(SlotRunner):
     def _copy_row(self, source: int, target: int, copy: Copy) -> None:
         for cache in self._caches:
             cache[target, :, : copy.length] = cache[source, :, : copy.length]
-
-    def _output(self, wanted: list[int], hidden: list[int], filled: int) -> Output:
-        return Output(self._logits, self._hidden[hidden], wanted)
 
 
 def _bind(bind: object, name: str, array: Array, shape: Sequence[int]) -> None:

@@ -30,7 +30,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, stop_ids: tuple[int, ...]) -> None:
         self.params = params
         self.vocab_size = vocab_size
-        self.random = np.random.Generator(np.random.PCG64(params.seed))
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._shares: list[float] = []
         self.way = (params.temperature, params.top_k, params.top_p, params.min_p)
         self._bias = np.array(params.logit_bias, dtype=np.float64).reshape(-1, 2)
         self._stop_ids = list(stop_ids)
@@ -41,6 +42,14 @@ class Sampler:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[prompt] = True
         self._adjusts = bool(params.logit_bias) or self._counts is not None
+
+    def share(self, num_output: int) -> float:
+        """What decides the draw of the token behind `num_output` others, 0 to 1, whenever it is asked for."""
+        if self.params.temperature == 0:
+            return 0.0
+        while len(self._shares) <= num_output:
+            self._shares.append(self._random.random())
+        return self._shares[num_output]
 
     def draws(self, num_output: int) -> bool:
         """Whether the token behind `num_output` others is drawn from the row as it is: `draw` may do it."""
@@ -59,12 +68,12 @@ class Sampler:
         elif self._adjusted(num_output):
             adjusted = self._adjust(output.logits[row], num_output)
             plain = Output(adjusted[None], adjusted[None], [0])
-            token = int(adjusted.argmax()) if p.temperature == 0 else draw(plain, [0], [self])[0]
+            token = int(adjusted.argmax()) if p.temperature == 0 else draw(plain, [0], [self], [num_output])[0]
         elif p.temperature == 0:
             found = output.candidates
             token = int(output.logits[row].argmax() if found is None else found[row, 0])
         else:
-            [token] = draw(output, [row], [self])
+            [token] = draw(output, [row], [self], [num_output])
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
@@ -88,12 +97,13 @@ class Sampler:
         return logits
 
 
-def draw(output: Output, rows: Sequence[int], samplers: Sequence[Sampler]) -> list[int]:
-    """A token from each of `rows`, by its own sampler, at a temperature above 0: all in one go, each as if alone.
+def draw(output: Output, rows: Sequence[int], samplers: Sequence[Sampler], num_outputs: Sequence[int]) -> list[int]:
+    """The token behind `num_outputs` others from each of `rows`, by its own sampler, at a temperature above 0.
 
-    What the output has found of a row already is not computed again, nor are its logits fetched.
+    All in one go, each as if alone. What the output has found of a row already is not computed again, nor are its
+    logits fetched.
     """
-    shares = np.array([sampler.random.random() for sampler in samplers])
+    shares = np.array([sampler.share(number) for sampler, number in zip(samplers, num_outputs, strict=True)])
     ways = np.array([sampler.way for sampler in samplers])
     order: NDArray[np.integer]
     if output.candidates is None or output.total is None:

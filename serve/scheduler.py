@@ -6,6 +6,9 @@ first served, up to a token budget. While others decode, the budget also keeps t
 long as without prompts. Prompts whose tokens' log-probabilities are wanted cost more, so a step has either chunks of
 such or of the others, as the first in line is.
 
+Where the runner guesses (`ahead`), a step is made while the one before still runs: a request whose token is awaited
+goes on behind the guess, and `settle` counts that once the token has come and is as guessed.
+
 Where a token's bits depend on how its prompt was cut (the stock graph), chunks end at fixed multiples of
 `prefill_chunk`, whatever the load, and nothing is drafted, so that a request gets the same bits alone and in company.
 """
@@ -16,8 +19,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from serve.cache import Cache
-from serve.plan import Plan
+from serve.cache import Cache, Table
+from serve.plan import Plan, Segment
 from serve.request import Request
 from serve.speculation import Speculation
 from serve.step_cost import StepCost
@@ -32,10 +35,25 @@ class Step:
 
     plan: Plan = field(default_factory=Plan)
     requests: list[Request] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)  # theirs, then
     admitted: list[Request] = field(default_factory=list)  # for the first time
     num_preempted: int = 0
     num_prompt_tokens: int = 0
     scored: bool = False  # the logits of these tokens are wanted
+    ahead: dict[Request, int] = field(default_factory=dict)  # those that follow a guess, and their flat positions
+
+    def add(self, request: Request) -> None:
+        assert request.table is not None
+        self.requests.append(request)
+        self.tables.append(request.table)
+        if request.awaited is not None:
+            self.ahead[request] = len(self.plan.tokens) - 1
+
+    def results(self) -> Iterator[tuple[Request, Segment, bool]]:
+        """Requests, segments and whether they count: no wrong guess was followed, and the request still runs on it."""
+        for request, table, segment in zip(self.requests, self.tables, self.plan.segments, strict=True):
+            right = segment.follows is None or request in self.ahead
+            yield request, segment, right and request.table is table
 
 
 class Scheduler:
@@ -51,6 +69,7 @@ class Scheduler:
         any_chunking: bool,
         itl_limit: float,
         speculate: bool,
+        ahead: bool = False,
     ) -> None:
         self.cache = cache
         self.max_running = max_running
@@ -58,7 +77,8 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.any_chunking = any_chunking
         self.itl_limit = itl_limit
-        self.speculate = speculate and any_chunking
+        self.speculate = speculate and any_chunking and not ahead
+        self.ahead = ahead
         self.cost = StepCost()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
@@ -77,7 +97,7 @@ class Scheduler:
         step = Step()
         self._admit(step, now)
         decoding = self._make_room(step)
-        prompts = [request for request in self.running if not request.decoding]
+        prompts = [request for request in self.running if request.num_pending and not request.decoding]
         step.scored = bool(prompts) and prompts[0].scoring
         budget = self._budget(len(decoding), step.scored)
         self._add_rows(step, decoding, budget - sum(request.num_pending for request in prompts))
@@ -98,10 +118,26 @@ class Scheduler:
         return budget
 
     def advance(self, step: Step) -> None:
-        """Record that the step's tokens are in the cache. Of drafts that is not known yet."""
+        """Record that the step's tokens are in the cache. Of drafts, and behind guesses, that is not known yet."""
         for request, segment in zip(step.requests, step.plan.segments, strict=True):
+            if request in step.ahead:
+                continue
             assert request.table is not None
+            if self.ahead and request.generates and segment.past + segment.count == request.length:
+                request.awaited = segment.start + segment.count - 1
             request.computed = min(segment.past + segment.count, request.length)
+            self.cache.advance(request.table, request.computed, request.span)
+
+    def settle(self, request: Request, later: Step | None, *, guessed: bool) -> None:
+        """The awaited token has come; `guessed`: the `later` step, if it goes on behind it, does so rightly."""
+        request.awaited = None
+        if later is None or request not in later.ahead:
+            return
+        if not guessed:
+            del later.ahead[request]
+        elif request.table is not None:
+            request.awaited = later.ahead[request]
+            request.computed += 1
             self.cache.advance(request.table, request.computed, request.span)
 
     def remove(self, request: Request) -> None:
@@ -142,9 +178,10 @@ class Scheduler:
         """The requests that decode, each with room for one more token. The last admitted ones go back for it."""
         decoding: list[Request] = []
         for request in list(self.running):
-            if request.table is None or not request.decoding:
+            length = request.length + request.continues
+            if request.table is None or not (request.decoding or request.continues) or length > self.cache.capacity:
                 continue  # preempted a moment ago, or its room was taken at admission
-            while request.table is not None and not self.cache.grow(request.table, request.length):
+            while request.table is not None and not self.cache.grow(request.table, length):
                 self._preempt(self.running[-1])
                 step.num_preempted += 1
             if request.table is not None:
@@ -154,6 +191,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the front of the queue. What it computed stays reusable as long as nobody needs the place."""
         self.remove(request)
+        request.awaited = None
         request.computed = 0
         request.forget_sums()
         self.waiting.appendleft(request)
@@ -170,11 +208,12 @@ class Scheduler:
             step.plan.add(
                 request.table.blocks,
                 request.computed,
-                [request.output[-1], *drafts],
+                [request.output[-1] if request.awaited is None else 0, *drafts],
                 want="all" if drafts else "last",
                 temperature=request.temperature,
+                follows=request.awaited,
             )
-            step.requests.append(request)
+            step.add(request)
 
     def _draft(self, request: Request, spare: int, price: float) -> list[int]:
         speculation, length = request.speculation, request.length
@@ -199,6 +238,6 @@ class Scheduler:
             temperature=request.temperature,
             scored=min(end, len(request.prompt) - 1) - past if request.scoring else 0,
         )
-        step.requests.append(request)
+        step.add(request)
         step.num_prompt_tokens += end - past
         return end - past

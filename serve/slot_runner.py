@@ -15,10 +15,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from serve.plan import Copy, Output, Plan, Segment
+from serve.plan import Copy, Plan, Runner, Segment
 
 
-class SlotRunner(ABC):
+class SlotRunner(Runner, ABC):
     """The map of rows, and the order of the runs; a subclass has the memory and makes them. One thread at a time."""
 
     any_chunking = False  # attention is computed in floating point, in an order that depends on the cuts
@@ -29,8 +29,8 @@ class SlotRunner(ABC):
         self._slot_in = list(range(num_slots))
         self._length = [0] * num_slots  # valid tokens, by slot
 
-    def run(self, plan: Plan) -> Output:
-        """Execute `plan`; its results are valid until the next run."""
+    def _begin(self, plan: Plan) -> dict[int, int]:
+        """Make the runs of `plan`: of each position that is wanted, in which row its results lie."""
         for copy in plan.copies:
             self._copy_row(self._row_of[copy.source], self._row_of[copy.target], copy)
             self._length[copy.target] = copy.length
@@ -55,7 +55,7 @@ class SlotRunner(ABC):
                 filled += len(wanted[i])
         for slot, segment in zip(slots, plan.segments, strict=True):
             self._length[slot] = segment.past + segment.count
-        return self._output([index[at] for at in plan.wanted], [index[at] for at in plan.hidden], filled)
+        return index
 
     def _gather_rows(self, slots: list[int], batch: int) -> None:
         """Move the decoding slots into the first `batch` rows."""
@@ -93,10 +93,6 @@ class SlotRunner(ABC):
     @abstractmethod
     def _copy_row(self, source: int, target: int, copy: Copy) -> None:
         """Copy the first `copy.length` tokens of a row of the cache."""
-
-    @abstractmethod
-    def _output(self, wanted: list[int], hidden: list[int], filled: int) -> Output:
-        """The rows of results that are wanted, of the first `filled`."""
 
 
 def _wanted_by_segment(plan: Plan) -> list[list[int]]:

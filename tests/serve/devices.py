@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from serve.device_memory import HOST, Device
+from serve.device_stream import HOST, Device
 
 DEVICES = [pytest.param(HOST, id="host"), pytest.param(Device("cuda"), id="cuda", marks=pytest.mark.gpu)]

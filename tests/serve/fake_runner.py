@@ -8,6 +8,8 @@ followed the last occurrence of the latest two tokens, so that drafts are right 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from serve.cache import Allocation
 from serve.choices import Block, Choices
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.plan import Floats, Output, Plan
+from serve.plan import Floats, Output, Plan, Runner
+from serve.request import SamplingParams
+from serve.sampler import Sampler, draw
 from serve.scheduler import Scheduler
 from serve.step_cost import StepCost
 from tests.serve.fakes import manifest
@@ -28,7 +32,7 @@ HIDDEN = 3
 CANDIDATES = 64
 
 
-class FakeRunner:
+class FakeRunner(Runner):
     any_chunking = True
     kv_bytes = 0
 
@@ -89,6 +93,57 @@ class FakeRunner:
         return logits
 
 
+class GuessingRunner(FakeRunner):
+    """Guesses rightly or not, by turns that `mistakes` says: one guess in so many is wrong, 0 none.
+
+    Its results come when they are asked for, are lost with the launch after the next, and a run's failure shows late.
+    """
+
+    guesses = True
+
+    def __init__(self, num_blocks: int, mistakes: int = 0, **options: Any) -> None:
+        super().__init__(num_blocks, **options)
+        self.mistakes = mistakes
+        self.num_guesses = 0
+        self.guessed: dict[int, int] = {}  # of the latest plan: flat position -> token
+        self.results: list[Output] = []  # of the latest two plans
+
+    def launch(self, plan: Plan) -> Callable[[], Output]:
+        for segment in plan.segments:
+            if segment.follows is not None:
+                plan.tokens[segment.start] = self.guessed[segment.follows]
+        self.guessed = {}
+        try:
+            output = self.run(plan)
+        except RuntimeError as error:
+            self.guessed = dict.fromkeys(plan.wanted, 0)
+            failure = error
+
+            def fail() -> Output:
+                raise failure
+
+            return fail
+        for row, at in enumerate(plan.wanted):
+            self.guessed[at] = self._guess(output, plan, row)
+        guesses = np.array([self.guessed[at] for at in plan.wanted], np.int32)
+        found = replace(output, guesses=guesses)
+        self.results.append(found)
+        for lost in self.results[:-2]:
+            for array in (lost.logits, lost.candidates, lost.guesses):
+                array[...] = -1  # type: ignore[index]
+        self.results = self.results[-2:]
+        return lambda: found
+
+    def _guess(self, output: Output, plan: Plan, row: int) -> int:
+        self.num_guesses += 1
+        if self.mistakes and self.num_guesses % self.mistakes == 0:
+            return self.num_guesses % self.vocab_size
+        params = SamplingParams(temperature=plan.temperatures[row] or 1.0, top_p=plan.top_ps[row])
+        sampler = Sampler(params, [], self.vocab_size, ())
+        sampler.share = lambda num_output: plan.shares[row]  # type: ignore[method-assign]
+        return draw(output, [row], [sampler], [0])[0]
+
+
 class Letters:
     """A tokenizer that spells each token with one letter."""
 
@@ -138,6 +193,7 @@ def make_engine(
         any_chunking=runner.any_chunking,
         itl_limit=2.0,
         speculate=speculate,
+        ahead=runner.guesses,
     )
     scheduler.cost = KnownCost(per_token)
     tokenizer: Any = Letters()

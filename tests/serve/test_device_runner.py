@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
 from proto.manifest import Manifest, load
-from serve import device_memory
+from serve import device_session
 from serve.choices import SettingsError, choose, kv_budget
-from serve.device_memory import HOST, Device, DeviceArray, DeviceUnavailable, devices_of, open_device_session
+from serve.device_memory import DeviceArray
 from serve.device_runner import DeviceRunner, ladder
+from serve.device_session import DeviceSession, DeviceUnavailable, devices_of, open_device_session
+from serve.device_stream import HOST, ON_HOST, Device
 from serve.engine import Engine
 from serve.engines import Engines
 from serve.forms import DeviceForm, pick
@@ -48,15 +51,17 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 @pytest.fixture(scope="module")
-def session(directory: Path, device: Device) -> ort.InferenceSession:
+def session(directory: Path, device: Device) -> DeviceSession:
     return open_device_session(directory / "model.onnx", device)
 
 
 @pytest.fixture
-def make_runner(session: ort.InferenceSession, made_for_cuda: Manifest, device: Device) -> MakeRunner:
+def make_runner(session: DeviceSession, made_for_cuda: Manifest) -> MakeRunner:
     """Of so many slots."""
-    sizes = {"capacity": CAPACITY, "max_rows": CHUNK, "device": device}
-    return lambda num_slots: DeviceRunner(session, made_for_cuda.architecture, num_slots=num_slots, **sizes)
+    sizes = {"capacity": CAPACITY, "max_rows": CHUNK}
+    return lambda num_slots: DeviceRunner(
+        session, made_for_cuda.architecture, num_slots=num_slots, **sizes, stream=session.stream
+    )
 
 
 @pytest.fixture
@@ -171,6 +176,64 @@ def test_a_choice_takes_no_row_from_the_device(params: dict[str, float], runner:
     assert chosen in output.candidates[row]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.001])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_a_guess_is_what_the_host_draws(temperature: float, top_p: float, runner: DeviceRunner) -> None:
+    """But for rounding, and for draws that go beyond the candidates."""
+    random = np.random.default_rng(10)
+    right = asked = 0
+    for seed in range(12):
+        tokens = random.integers(2, 500, 12).tolist()
+        plan = Plan()
+        for slot in range(3):
+            plan.add([slot], 0, tokens[slot:], temperature=temperature)
+        params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+        samplers = [Sampler(params, [], 512, ()) for _ in range(3)]
+        plan.shares, plan.top_ps = [sampler.share(4 + n) for n, sampler in enumerate(samplers)], [top_p] * 3
+        output = runner.run(plan)
+        assert output.candidates is not None
+        assert output.guesses is not None
+        for n, (row, sampler) in enumerate(zip(output.rows, samplers, strict=True)):
+            chosen, _ = sampler.choose(output, row, 4 + n)
+            if chosen in output.candidates[row]:
+                asked += 1
+                right += chosen == output.guesses[row]
+    assert asked > (0 if temperature == 1 and top_p > 0.3 else 30)
+    assert right == asked
+
+
+def test_a_row_that_follows_a_guess_computes_what_it_would_if_it_were_told(make_runner: MakeRunner) -> None:
+    """Behind a prompt and behind a decode row, in other slots than before; what came is still there afterwards."""
+    tokens = np.random.default_rng(11).integers(2, 500, 30).tolist()
+    told, guessing = make_runner(SLOTS), make_runner(SLOTS)
+    begun, then = ((4, 0, tokens[:9]), (1, 0, tokens[9:20])), [9, 11]
+    expected = step(told, *begun)
+    plan = Plan()
+    for slot, past, text in begun:
+        plan.add([slot], past, text)
+    results = guessing.launch(plan)
+    for turn in range(4):
+        last = plan.wanted
+        plan = Plan()
+        order = [0, 1] if turn % 2 else [1, 0]
+        for n in order:
+            plan.add([begun[n][0]], then[n] + turn, [0], follows=last[n])
+        if turn == 2:
+            plan.add([6], 0, tokens[:13])  # a prompt beside them
+        later = guessing.launch(plan)
+        found = results()
+        assert found.guesses is not None
+        for row, other in zip(found.rows[:2], expected.rows[:2], strict=True):
+            np.testing.assert_array_equal(found.logits[row], expected.logits[other])
+            assert found.guesses[row] == expected.logits[other].argmax()
+        known = [int(found.guesses[row]) for row in found.rows[:2]]
+        segments = [(begun[n][0], then[n] + turn, [known[n]]) for n in order]
+        expected = step(told, *segments, *([(6, 0, tokens[:13])] if turn == 2 else []))
+        begun, then = tuple(begun[n] for n in order), [then[n] for n in order]
+        results = later
+    results()
+
+
 def test_a_step_that_wants_too_much_is_refused(runner: DeviceRunner) -> None:
     plan = Plan()
     for slot in range(4):
@@ -182,29 +245,24 @@ def test_a_step_that_wants_too_much_is_refused(runner: DeviceRunner) -> None:
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_read_written_and_copied_where_they_lie(device: Device) -> None:
-    first = DeviceArray((3, 2, 5), "tensor(float)", device)
-    second = DeviceArray((2, 2, 5), "tensor(float)", device)
-    values = np.arange(30, dtype=np.float32).reshape(3, 2, 5)
-    first.write(values)
+def test_rows_are_read_written_and_copied_where_they_lie(session: DeviceSession) -> None:
+    stream = session.stream
+    first = DeviceArray((3, 2, 5), "tensor(float)", stream)
+    second = DeviceArray((2, 2, 5), "tensor(float)", stream)
+    values = stream.zeros((3, 2, 5), np.float32)
+    values[...] = np.arange(30).reshape(3, 2, 5)
+    first.upload(values)
     second.clear()
     first.copy_row(2, second, 1)
-    np.testing.assert_array_equal(first.read(1, 2, np.float32), values[1:])
-    np.testing.assert_array_equal(second.read(0, 2, np.float32), [np.zeros((2, 5)), values[2]])
+    back = stream.zeros((2, 2, 5), np.float32)
+    first.download(back, 1)
+    stream.mark()()
+    np.testing.assert_array_equal(back, values[1:])
+    np.testing.assert_array_equal(second.fetch(0, 2, np.float32), [np.zeros((2, 5)), values[2]])
     assert (first.row_bytes, first.nbytes) == (40, 120)
     for begin, rows in ((-1, 1), (2, 2), (0, 0)):
         with pytest.raises(IndexError, match=r"rows -?\d to \d of an array of 3"):
-            first.read(begin, rows, np.float32)
-
-
-def test_descriptions_of_parts_are_given_back() -> None:
-    array = DeviceArray((4, 2), "tensor(int32)", HOST)
-    gc.collect()
-    before = len(device_memory._alive)
-    for _ in range(50):
-        array.write(np.zeros((1, 2), np.int32), 3)
-    gc.collect()
-    assert len(device_memory._alive) == before
+            first.fetch(begin, rows, np.float32)
 
 
 def test_the_cache_is_as_large_as_the_manifest_says(runner: DeviceRunner, made_for_cuda: Manifest) -> None:
@@ -255,9 +313,20 @@ def test_a_machine_without_cuda_is_told_the_cure(directory: Path) -> None:
 
 def test_a_provider_that_does_not_load_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime itself only warns, and computes on the CPU."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [device_memory.PROVIDER, "CPUExecutionProvider"])
+    monkeypatch.setattr(device_session, "CudaStream", lambda device: ON_HOST)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [device_session.PROVIDER, "CPUExecutionProvider"])
     failed = pytest.raises(DeviceUnavailable, match=r"did not load, and ONNX Runtime's log above says why")
     with failed, pytest.warns(UserWarning, match="not in available provider names"):
+        open_device_session(directory / "model.onnx", GPU)
+
+
+def test_a_machine_without_a_driver_is_told_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: Device) -> None:
+        raise OSError(f"cudaSetDevice on {device}: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [device_session.PROVIDER])
+    monkeypatch.setattr(device_session, "CudaStream", fail)
+    with pytest.raises(DeviceUnavailable, match=r"cuda:1 cannot be used: cudaSetDevice on cuda:1: .*NVIDIA driver"):
         open_device_session(directory / "model.onnx", GPU)
 
 
@@ -267,7 +336,7 @@ MakeOne = Callable[[Metrics, int], Engine]
 
 
 @pytest.fixture
-def make_one(directory: Path, made_for_cuda: Manifest, session: ort.InferenceSession, device: Device) -> MakeOne:
+def make_one(directory: Path, made_for_cuda: Manifest, session: DeviceSession, device: Device) -> MakeOne:
     settings = Settings(model=directory, kv_budget_mib=8, max_context=CAPACITY, slots=SLOTS, prefill_chunk=CHUNK)
     form = DeviceForm(device)
 
@@ -305,6 +374,31 @@ def test_an_engine_answers_alike_alone_and_in_company(make_one: MakeOne) -> None
     alone = [finish(engine, ask(prompt, **params))[0] for prompt, params in asked]
     same = [a == b for a, b in zip(together, alone, strict=True)]
     assert sum(same) >= len(same) - 1  # float sums of batches of other sizes may turn a tie
+
+
+def test_going_ahead_changes_no_answer(make_one: MakeOne) -> None:
+    """Stops that are foreseen or not, draws, penalties, scores, embeddings: as when every run is waited for."""
+    random = np.random.default_rng(12)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0, "max_tokens": 9, "ignore_eos": True},
+        {"temperature": 1.0, "seed": 1, "max_tokens": 14, "stop_token_ids": tuple(range(0, 500, 9))},
+        {"temperature": 0.8, "seed": 2, "max_tokens": 12, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 0.7, "seed": 3, "max_tokens": 12, "frequency_penalty": 0.8, "ignore_eos": True},
+        {"temperature": 0.9, "seed": 4, "max_tokens": 5, "top_k": 3, "prompt_logprobs": 1},
+        {"temperature": 1.0, "seed": 5, "max_tokens": 1},
+        {"temperature": 0.0, "max_tokens": 0, "embed": True},
+    ]
+    asked = [(random.integers(2, 500, int(random.integers(3, 40))).tolist(), ways[n % len(ways)]) for n in range(21)]
+
+    def answers(engine: Engine) -> list[Any]:
+        requests = [ask(prompt, **params) for prompt, params in asked]
+        for request in requests:  # one by one: batches of other sizes round otherwise
+            finish(engine, request)
+        return [[replace(chunk, error=None) for chunk in request.channel.chunks] for request in requests]  # type: ignore[attr-defined]
+
+    waiting = make_one(Metrics("tiny"), 0)
+    waiting.runner.guesses = waiting.scheduler.ahead = False
+    assert answers(make_one(Metrics("tiny"), 0)) == answers(waiting)
 
 
 def test_several_engines_share_what_comes(make_one: MakeOne, made_for_cuda: Manifest) -> None:

@@ -32,7 +32,7 @@ def choose(chooser: Sampler, logits: Floats, num_output: int = 0) -> tuple[int, 
 
 def draws(count: int = 4000, **params: Any) -> Counter[int]:
     chooser = sampler(seed=1, **params)
-    return Counter(choose(chooser, LOGITS, 0)[0] for _ in range(count))
+    return Counter(choose(chooser, LOGITS, number)[0] for number in range(count))
 
 
 def test_greedy_is_the_arg_max() -> None:
@@ -64,7 +64,7 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
 def test_top_p_over_a_flat_large_vocabulary() -> None:
     flat = np.zeros(5000, np.float32)
     chooser = Sampler(SamplingParams(top_p=0.9, seed=0), [], 5000, ())
-    assert len({choose(chooser, flat, 0)[0] for _ in range(3000)}) > 1024
+    assert len({choose(chooser, flat, number)[0] for number in range(3000)}) > 1024
 
 
 def test_min_p_is_relative_to_the_best() -> None:
@@ -76,7 +76,7 @@ def test_min_p_is_relative_to_the_best() -> None:
 @settings(deadline=None)
 def test_a_seed_gives_the_same_tokens(seed: int, temperature: float) -> None:
     first, second = (sampler(seed=abs(seed), temperature=temperature) for _ in range(2))
-    assert [choose(first, LOGITS) for _ in range(5)] == [choose(second, LOGITS) for _ in range(5)]
+    assert [choose(first, LOGITS, n) for n in range(5)] == [choose(second, LOGITS, n) for n in range(5)]
 
 
 def test_logit_bias_forces_and_forbids() -> None:
@@ -173,7 +173,9 @@ def test_a_draw_walks_by_falling_probability_and_then_by_id() -> None:
     shares = np.random.Generator(np.random.PCG64(7)).random(200)
     heavy, light = (np.exp([1, 0]) / np.exp([1, 1, 0, 0]).sum()).tolist()
     edges = np.cumsum([heavy, heavy, light])
-    assert [choose(chooser, logits)[0] for _ in shares] == [[1, 3, 0, 2][i] for i in edges.searchsorted(shares)]
+    assert [choose(chooser, logits, n)[0] for n in range(len(shares))] == [
+        [1, 3, 0, 2][i] for i in edges.searchsorted(shares)
+    ]
 
 
 def test_a_greedy_choice_does_not_look_at_the_row() -> None:
@@ -208,8 +210,8 @@ def test_draws_in_one_go_are_those_of_each_alone(
     found = [np.concatenate([part.candidates for part in parts]), np.concatenate([part.total for part in parts])]
     output = Output(logits, logits[:0], range(len(asked)), *(found if candidates else ()))
     rows = chance.permutation(len(asked)).tolist()
-    tokens = draw(output, rows, [together[row] for row in rows])
-    assert tokens == [draw(output, [row], [alone[row]])[0] for row in rows]
+    tokens = draw(output, rows, [together[row] for row in rows], [3] * len(rows))
+    assert tokens == [draw(output, [row], [alone[row]], [3])[0] for row in rows]
     assert all(0 <= token < size for token in tokens)
 
 

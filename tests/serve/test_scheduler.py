@@ -15,7 +15,7 @@ from serve.errors import InvalidRequest
 from serve.plan import Output, Plan
 from serve.request import Request, SamplingParams, TokenLogprob
 from serve.scheduler import LEAST_CHUNK, MOST_SCORED
-from tests.serve.fake_runner import FakeRunner, make_engine
+from tests.serve.fake_runner import FakeRunner, GuessingRunner, make_engine
 from tests.serve.tiny import ListChannel, ask, finish
 
 VARIANTS: list[dict[str, Any]] = [
@@ -66,7 +66,9 @@ def channel(request: Request) -> ListChannel:
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[FakeRunner, Engine, list[Visit]]:
     num_blocks = draw(st.integers(2, 14))
-    runner = FakeRunner(num_blocks, lean=draw(st.sampled_from([2.0, 5.0, 9.0])))
+    lean = draw(st.sampled_from([2.0, 5.0, 9.0]))
+    mistakes = draw(st.sampled_from([None, 0, 2, 7]))
+    runner = FakeRunner(num_blocks, lean=lean) if mistakes is None else GuessingRunner(num_blocks, mistakes, lean=lean)
     runner.failing = draw(st.sets(st.integers(0, 60), max_size=1))
     engine = make_engine(
         runner,
@@ -335,3 +337,52 @@ def test_a_shared_beginning_is_computed_once() -> None:
     finish(engine, turn)
     assert turn.cached == 2 * BLOCK
     assert runner.sizes == [len(turn.prompt) - 2 * BLOCK]
+
+
+# -- a runner that guesses ------------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_before_the_one_before_is_read() -> None:
+    runner = GuessingRunner(20)
+    engine = make_engine(runner)
+    request = ask([1, 2, 3], max_tokens=4, temperature=0.8, seed=2, ignore_eos=True)
+    engine.submit(request)
+    told = []
+    while not engine.idle:
+        engine.step()
+        told.append((len(runner.sizes), len(channel(request).tokens)))
+    assert told == [(1, 0), (2, 1), (3, 2), (4, 3), (4, 4)], "no run too many, where the end is foreseen"
+
+
+@pytest.mark.parametrize(("mistakes", "runs"), [(0, 60), (1, 119)])
+def test_a_wrong_guess_costs_its_request_a_run(mistakes: int, runs: int) -> None:
+    runner = GuessingRunner(20, mistakes)
+    finish(make_engine(runner), ask([1, 2, 3], max_tokens=60, temperature=0, ignore_eos=True))
+    assert len(runner.sizes) == runs
+
+
+def test_a_stop_that_was_not_foreseen_costs_one_row_and_its_place_is_used_again() -> None:
+    params: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    calm = ask([4, 5], **params)
+    finish(make_engine(FakeRunner(20)), calm)
+    stop = calm.output[5]
+    first, second = (ask([4, 5], **params, stop_token_ids=(stop,)) for _ in range(2))
+    runner = GuessingRunner(4)
+    engine = make_engine(runner, slots=1)
+    for request in (first, second):
+        finish(engine, request)
+        assert request.output == calm.output[: calm.output.index(stop) + 1]
+    assert len(runner.sizes) == 2 * (len(first.output) + 1)
+
+
+def test_what_is_in_the_air_is_landed_before_the_engine_goes() -> None:
+    runner = GuessingRunner(20)
+    engine = make_engine(runner)
+    request = ask([4, 5], max_tokens=100, ignore_eos=True)
+    engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    assert not engine.idle
+    engine._abort_all()
+    assert (request.finish_reason, len(request.output)) == ("abort", 3)
+    assert engine.idle

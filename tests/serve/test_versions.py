@@ -210,6 +210,7 @@ def test_an_answer_holds_its_version_as_long_as_it_lasts() -> None:
                     assert (await other.json())["system_fingerprint"] == new.name
                 assert (old.started, len(rig.engine.running)) == (True, 4)
             await until_alone(among)  # the client left, so nothing is left to finish
+            await rig.engine.until(lambda: not rig.engine.running)
             assert (old.started, len(rig.engine.cancelled)) == (False, 4)
 
     run(main)

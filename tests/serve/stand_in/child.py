@@ -10,18 +10,23 @@ from pathlib import Path
 import msgspec
 
 from proto.manifest import GRAPH, Architecture
-from serve.device_memory import PROVIDER, Device, free_bytes, open_device_session
+from serve.device_memory import free_bytes
 from serve.device_runner import DeviceRunner
+from serve.device_session import PROVIDER, open_device_session
+from serve.device_stream import Device
 from serve.plan import Copy, Plan
 
 SLOTS = 5
 
 
-def decode(runner: DeviceRunner, past: int) -> None:
+def decode(runner: DeviceRunner, past: int, log: Path) -> None:
     plan = Plan()
     plan.add([3], 20 + past, [1], temperature=0.5)
     plan.add([1], 7 + past, [2])
-    runner.run(plan)
+    results = runner.launch(plan)
+    with log.open("a") as lines:
+        lines.write("go on 0\n")
+    results()
 
 
 def main() -> None:
@@ -33,15 +38,15 @@ def main() -> None:
         session = open_device_session(folder / GRAPH, device)
         assert session.get_providers()[0] == PROVIDER
         log.write_text("")
-        runner = DeviceRunner(session, architecture, num_slots=SLOTS, capacity=64, max_rows=32, device=device)
+        runner = DeviceRunner(session, architecture, num_slots=SLOTS, capacity=64, max_rows=32, stream=session.stream)
         made = log.read_text().splitlines()
         plan = Plan()
         plan.add([3], 0, list(range(20)), want="all")
         plan.add([1], 0, list(range(7)))
         runner.run(plan)
-        decode(runner, 0)  # exchanges rows
+        decode(runner, 0, log)  # exchanges rows
         log.write_text("")
-        decode(runner, 1)
+        decode(runner, 1, log)
         step = log.read_text().splitlines()
         plan = Plan()
         plan.copies.append(Copy(3, 4, 10))
