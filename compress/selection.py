@@ -76,8 +76,10 @@ def _guess(graph: GraphBuilder, count: int, largest: str) -> None:
     scaled = g.node("Div", [scaled, "total.temperature"], "guess.scaled")
     weights = g.node("Exp", [scaled], "guess.weights")
     sums = g.node("CumSum", [weights, g.shared("axis.one", np.array(1, np.int64))], "guess.sums")
-    top = passed(g.node("Mul", ["top_p", "total"], "guess.top"), "guess.kept")
-    kept = g.node("Squeeze", [g.node("GatherElements", [sums, top], "guess.mass_of_top", axis=1), last], "guess.cut")
+    least = g.node("Mul", ["top_p", "total"], "guess.least")
+    last_kept = g.node("GatherElements", [sums, passed(least, "guess.kept")], "guess.to_last_kept", axis=1)
+    # What is kept weighs just more than `least`: take that where the last one of it is not among the candidates.
+    kept = g.node("Max", [g.node("Squeeze", [last_kept, last], "guess.known"), least], "guess.weight_of_kept")
     is_cut = g.node("Less", ["top_p", one], "guess.is_cut")
     mass = g.node("Where", [is_cut, kept, "total"], "guess.mass")
     place = passed(g.node("Mul", ["share", mass], "guess.share_of_mass"), "guess.drawn")

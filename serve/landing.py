@@ -12,7 +12,7 @@ from serve.engine_metrics import EngineMetrics
 from serve.errors import InternalError
 from serve.generation import Generation
 from serve.plan import Floats, Output, Segment
-from serve.request import Chunk, FinishReason, Request, TokenLogprob
+from serve.request import Chunk, FinishReason, Request
 from serve.sampler import draw, prompt_logprobs, token_logprob
 from serve.scheduler import Scheduler, Step
 
@@ -57,7 +57,7 @@ class Landing:
         """Turn what `step` computed into tokens and scores; `later` was launched behind it."""
         hidden_at = 0
         gaps: list[float] = []
-        tokens, now = step.plan.tokens, time.monotonic()
+        now = time.monotonic()
         row_of = dict(zip(step.plan.wanted, output.rows, strict=True))
         drawn = self._draw(step, output, row_of)
         for request, segment, counts in step.results():
@@ -71,14 +71,21 @@ class Landing:
                     continue
                 if segment.scored:
                     self._score(request, segment, output, row_of)
-                end = segment.start + segment.count
                 num_drafts = segment.past + segment.count - request.length
-                if num_drafts >= 0 and not request.generates:
+                if num_drafts < 0:
+                    continue  # there is more of the prompt to come
+                if not request.generates:
                     self._finish(request, "length", Chunk(prompt_logprobs=request.prompt_logprobs))
-                elif num_drafts >= 0:  # else there is more of the prompt to come
+                    continue
+                end = segment.start + segment.count
+                row = row_of[end - num_drafts - 1]
+                if num_drafts:
                     rows = [row_of[at] for at in range(end - num_drafts - 1, end)]
-                    self._extend(request, output, rows, tokens[end - num_drafts : end], drawn.get(request), now, gaps)
-                    guessed = output.guesses is not None and int(output.guesses[rows[0]]) == request.output[-1]
+                    self._verify(request, output, rows, step.plan.tokens[end - num_drafts : end], now, gaps)
+                else:
+                    self._extend(request, output, row, now, gaps, drawn.get(request))
+                if output.guesses is not None:
+                    guessed = bool(output.guesses[row] == request.output[-1])
                     self._scheduler.settle(request, later, guessed=guessed)
             except Exception as error:
                 log.exception("a request failed", extra={"request_id": request.id})
@@ -90,7 +97,8 @@ class Landing:
         found = [
             (request, row_of[segment.start + segment.count - 1])
             for request, segment, counts in step.results()
-            if counts
+            if request.params.temperature
+            and counts
             and request.generates
             and segment.past + segment.count == request.length
             and self._generations[request].sampler.draws(len(request.output))
@@ -106,28 +114,13 @@ class Landing:
             return {}
         return dict(zip(requests, tokens, strict=True))
 
-    def _extend(
-        self,
-        request: Request,
-        output: Output,
-        rows: Sequence[int],
-        drafts: list[int],
-        drawn: int | None,
-        now: float,
-        gaps: list[float],
+    def _verify(
+        self, request: Request, output: Output, rows: Sequence[int], drafts: list[int], now: float, gaps: list[float]
     ) -> None:
         """Choose a token from the first row, and from the next as long as the token before it is as drafted."""
-        sampler = self._generations[request].sampler
         accepted, refused = 0, False
         for row in rows:
-            token, chosen = sampler.choose(output, row, len(request.output), drawn)
-            if request.watched:
-                request.logprob_sum += token_logprob(output, row, token, request.temperature)
-            if request.last_token is not None:
-                gaps.append(now - request.last_token)
-            request.first_token = request.first_token or now
-            request.last_token = now
-            self._append(request, token, chosen)
+            token = self._extend(request, output, row, now, gaps)
             if accepted == len(drafts):
                 break
             refused = token != drafts[accepted]
@@ -135,13 +128,24 @@ class Landing:
                 break
             accepted += 1
             request.computed += 1
-        if drafts and request.speculation is not None:
+        if request.speculation is not None:
             request.speculation.judge(accepted, refused)
             self._metrics.speculation(len(drafts), accepted)
 
-    def _append(self, request: Request, token: int, chosen: TokenLogprob | None) -> None:
-        """A new token: spell it, look for a reason to stop, answer."""
-        text, reason = self._generations[request].append(token)
+    def _extend(
+        self, request: Request, output: Output, row: int, now: float, gaps: list[float], drawn: int | None = None
+    ) -> int:
+        """Choose a token, unless it was `drawn`; spell it, look for a reason to stop, answer."""
+        generation = self._generations[request]
+        token, chosen = generation.sampler.choose(output, row, len(request.output), drawn)
+        if request.watched:
+            request.logprob_sum += token_logprob(output, row, token, request.temperature)
+        if request.last_token is None:
+            request.first_token = now
+        else:
+            gaps.append(now - request.last_token)
+        request.last_token = now
+        text, reason = generation.append(token)
         chunk = Chunk(text, [token], [chosen] if chosen else [])
         if len(request.output) == 1:
             chunk.prompt_logprobs = request.prompt_logprobs
@@ -149,6 +153,7 @@ class Landing:
             self._emit(request, chunk)
         else:
             self._finish(request, reason, chunk)
+        return token
 
     @staticmethod
     def _score(request: Request, segment: Segment, output: Output, row_of: Mapping[int, int]) -> None:

@@ -26,7 +26,7 @@ Blocks = Sequence[int] | NDArray[np.int32]  # a block table; entries past the ne
 Want = Literal["last", "all", "hidden", "none"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
     blocks: Blocks
     past: int
@@ -73,8 +73,9 @@ class Plan:
         self.tokens += tokens
         end = len(self.tokens)
         self.segments.append(Segment(blocks, past, start, end - start, scored, follows))
-        self.wanted += range(start, start + scored)
-        self.temperatures += [1.0] * scored
+        if scored:
+            self.wanted += range(start, start + scored)
+            self.temperatures += [1.0] * scored
         if want == "last":
             self.wanted.append(end - 1)
             self.temperatures.append(temperature)

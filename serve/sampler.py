@@ -196,13 +196,12 @@ def prompt_logprobs(output: Output, rows: Sequence[int], tokens: Sequence[int], 
 def token_logprob(output: Output, row: int, token: int, temperature: float) -> float:
     """Log-probability of `token` under a row of `output`, whose total is of `temperature`."""
     if temperature == 1 and output.candidates is not None and output.total is not None:
-        found = output.candidate_logits
-        if found is None:
-            logits = output.logits[row]
-            return float(logits[token]) - float(logits[output.candidates[row, 0]]) - math.log(output.total[row])
-        place = np.flatnonzero(output.candidates[row] == token)
-        if len(place):
-            return float(found[row, place[0]]) - float(found[row, 0]) - math.log(output.total[row])
+        ids = output.candidates[row].tolist()
+        if token in ids:
+            found, place = output.candidate_logits, ids.index(token)
+            largest = output.logits[row, ids[0]] if found is None else found[row, 0]
+            own = output.logits[row, token] if found is None else found[row, place]
+            return float(own) - float(largest) - math.log(output.total[row])
     return logprob(output.logits[row], token, 0).logprob or 0.0
 
 
