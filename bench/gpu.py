@@ -1,7 +1,7 @@
 """Decode and prefill on a GPU: ours beside transformers' generate with a static cache, compiled, on the same model.
 
-Ours is a bare loop over the runner, whose greedy tokens come from the device's own choice; theirs is `generate`, of
-which decode is the time of many tokens less that of one. `bandwidth_share` is what a decode step must read (all
+Ours is a bare loop over the runner, each run behind the device's guess of the one before, as in the engine; theirs is
+`generate`, of which decode is the time of many tokens less that of one. `bandwidth_share` is what a decode step must read (all
 weights once, every row's keys and values) over its time and the maker's bandwidth; `peak_share` the forward pass's
 arithmetic over its time and the maker's peak. They are null on a device that train/hardware.py does not list.
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from proto.manifest import GRAPH, WEIGHTS, Manifest, load
 from serve.device_runner import DeviceRunner
 from serve.device_session import devices_of, open_device_session
 from serve.device_stream import Device
-from serve.plan import Plan
+from serve.plan import Output, Plan
 from train.flops import flops_per_token
 from train.hardware import HARDWARE, Hardware
 from train.peak import listed_as
@@ -50,17 +51,20 @@ def ours(manifest: Manifest, directory: Path, device: Device, batch: int, prompt
             plan.add([slot], 0, text)
             runner.run(plan)
         prefill.append(time.perf_counter() - started)
-    seconds, last = [], [1] * batch
+    begun: list[Callable[[], Output]] = []
+    landed: list[float] = []
+    follows: Sequence[int | None] = [None] * batch
     for past in range(prompt, prompt + tokens + WARM_UP):
         plan = Plan()
         for slot in range(batch):
-            plan.add([slot], past, [last[slot]])
-        started = time.perf_counter()
-        output = runner.run(plan)
-        assert output.candidates is not None
-        last = output.candidates[output.rows, 0].tolist()
-        seconds.append(time.perf_counter() - started)
-    return {"decode": batch / statistics.median(seconds[WARM_UP:]), "prefill": batch * prompt / prefill[1]}
+            plan.add([slot], past, [1], follows=follows[slot])
+        begun.append(runner.launch(plan))
+        follows = plan.wanted
+        if len(begun) > 1:  # as the engine does: a run is read while the next one computes
+            begun.pop(0)()
+            landed.append(time.perf_counter())
+    seconds = np.diff(landed)
+    return {"decode": batch / statistics.median(seconds[WARM_UP - 1 :]), "prefill": batch * prompt / prefill[1]}
 
 
 def theirs(checkpoint: Path, device: Device, batch: int, prompt: int, tokens: int, *, compiled: bool) -> Figures:
