@@ -1,9 +1,9 @@
 """Decode and prefill on a GPU: ours beside transformers' generate with a static cache, compiled, on the same model.
 
 Ours is a bare loop over the runner, each run behind the device's guess of the one before, as in the engine; theirs is
-`generate`, of which decode is the time of many tokens less that of one. `bandwidth_share` is what a decode step must read (all
-weights once, every row's keys and values) over its time and the maker's bandwidth; `peak_share` the forward pass's
-arithmetic over its time and the maker's peak. They are null on a device that train/hardware.py does not list.
+`generate`, of which decode is the time of many tokens less that of one. `bandwidth_share` is what a decode step must
+read (all weights once, every row's keys and values) over its time and the maker's bandwidth; `peak_share` the forward
+pass's arithmetic over its time and the maker's peak. They are null on a device that train/hardware.py does not list.
 """
 
 from __future__ import annotations

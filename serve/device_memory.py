@@ -60,6 +60,13 @@ class DeviceArray:
         self._stream.fetch(values, self._row(first, rows))
         return values
 
+    def fetch_rows(self, rows: Sequence[int], dtype: type[np.generic]) -> NDArray[np.generic]:
+        """The same of rows that lie together, or of none."""
+        if not rows:
+            return np.empty((0, *self.shape[1:]), dtype)
+        first, last = min(rows), max(rows)
+        return self.fetch(first, last - first + 1, dtype)[[row - first for row in rows]]
+
     def copy_row(self, source: int, target: DeviceArray, row: int) -> None:
         """Copy a row into that of an array of the same kind on the same device."""
         self._stream.move(target._row(row), self._row(source), self.row_bytes)

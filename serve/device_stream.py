@@ -79,7 +79,7 @@ class CudaStream(Stream):
         self._order, self._aside = ctypes.c_void_p(), ctypes.c_void_p()
         for stream in (self._order, self._aside):
             self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), NON_BLOCKING)
-            weakref.finalize(self, self._cudart.cudaStreamDestroy, stream)
+            _finally(self, self._cudart.cudaStreamDestroy, stream)
         self.handle = self._order.value or 0
 
     def zeros(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
@@ -87,7 +87,7 @@ class CudaStream(Stream):
         address = ctypes.c_void_p()
         self._call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), 0)
         memory = (ctypes.c_byte * size).from_address(address.value or 0)
-        weakref.finalize(memory, self._cudart.cudaFreeHost, address)
+        _finally(memory, self._cudart.cudaFreeHost, address)
         values: NDArray[Any] = np.ndarray(shape, dtype, memoryview(memory))
         values[...] = 0
         return values
@@ -134,6 +134,11 @@ def cudart() -> ctypes.CDLL:
     library = ctypes.CDLL(CUDART)
     library.cudaGetErrorString.restype = ctypes.c_char_p
     return library
+
+
+def _finally(owner: Any, release: Callable[[Any], Any], handle: ctypes.c_void_p) -> None:
+    """Release what an object owned once it is gone; not at exit, when sessions may still use it."""
+    weakref.finalize(owner, release, handle).atexit = False
 
 
 def _nothing() -> None:
