@@ -22,13 +22,17 @@ from compress.shapes import PruneOptions, Size
 from compress.summary import limited_figures, summarize
 from compress.verdict import GateFailed
 from proto.manifest import KvCacheType, ManifestError, load
+from serve.device_session import DeviceUnavailable
 from serve.machine import cpu_quota
 from serve.native import NativeUnavailable
 from train.errors import TrainError
 from train.flags import add_flags, from_flags
 
 EXIT_USAGE = 2
-BAD_INPUT = (CheckpointError, ImportBaseError, ManifestError, NativeUnavailable, TrainError, ValueError, OSError)
+BAD_INPUT = (
+    *(CheckpointError, DeviceUnavailable, ImportBaseError, ManifestError, NativeUnavailable, TrainError),
+    *(ValueError, OSError),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--text", type=Path, help="text to calibrate on and judge by (default: Python's own docs)")
     example = STRICT.replace("%", "%%")
     make.add_argument("--gate", default=default["gate"], help=f"limits, such as '{example}' (default: the recipe's)")
+    where = "where the gate runs an artifact for CUDA: cpu, cuda or cuda:1 (default: %(default)s)"
+    make.add_argument("--gate-device", default=default["gate_device"], help=where)
     make.add_argument("--force", action="store_true", help="publish even if the gate fails, and record that")
     make.add_argument(
         "--ungated", action="store_true", help="publish unjudged what this machine cannot judge, and record that"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -59,6 +60,8 @@ from proto.manifest import (
     encode,
     list_files,
 )
+from serve.device_session import devices_of, open_stream
+from serve.device_stream import HOST, Device
 from serve.tokenizer import Tokenizer
 from train.folders import refuse_existing
 
@@ -79,6 +82,7 @@ class Options:
     held_out_windows: int = 16
     distill_steps: int = 0  # of quantization-aware distillation; 0: none
     gate: str = ""  # limits; by default those of the recipe
+    gate_device: str = "cpu"  # where the gate runs an artifact for CUDA
     force: bool = False
     ungated: bool = False
     measure: bool = True
@@ -95,13 +99,20 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is too small; give at least {least}")
         if self.gate:
             parse(self.gate)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.gate_device):
+            raise ValueError(f"--gate-device {self.gate_device} is not one device; give cpu, cuda or cuda:1")
+        if self.gate_device != "cpu" and self.target == "cpu":
+            raise ValueError(
+                f"--gate-device {self.gate_device} is for artifacts for CUDA and --target is cpu; leave it out, or "
+                "give --target cuda"
+            )
 
 
 def quantize(source: Path, target: Path, options: Options, *, command: str, threads: int) -> Manifest:
     """Make the artifact `target` from the Hugging Face directory `source`.
 
     Raises CheckpointError or ValueError for bad input, TrainError if `target` is there, OSError that names the room if
-    it does not suffice, and GateFailed.
+    it does not suffice, DeviceUnavailable, and GateFailed.
     """
     refuse_existing(target)
     checkpoint = Checkpoint(source)
@@ -110,7 +121,9 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
     recipe = make_recipe(options.recipe or RECIPES_OF[options.target][0], decoder)
     check_target(recipe, options.target)
     kv_cache = cache_type(options.kv, recipe)
-    is_judged = can_judge(recipe, ungated=options.ungated)
+    [device] = devices_of(options.gate_device)
+    open_stream(device)  # an error now, not after the work
+    is_judged = can_judge(recipe, device, ungated=options.ungated)
     if options.distill_steps and is_float(recipe.default):
         raise ValueError(f"--distill-steps trains integer weights, and recipe {recipe.name} has none; leave it out")
     budget = parse(options.gate) if options.gate else default_budget(recipe)
@@ -130,7 +143,7 @@ def quantize(source: Path, target: Path, options: Options, *, command: str, thre
             trained |= distill(checkpoint, decoder, recipe, treat, tokenizer, options, threads)
         architecture = build(checkpoint, artifact, recipe, treat=treat)
         del treat
-        evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads) if is_judged else None
+        evidence = examine_artifact(checkpoint, artifact, decoder, held_out, threads, device) if is_judged else None
         gate = None if evidence is None else pass_judgement(evidence, budget, forced=options.force)
         if gate and evidence and options.measure and options.target == "cpu":
             gate = with_serving(gate, artifact, architecture, evidence.scores, threads)
@@ -249,13 +262,13 @@ def compensating_hook(
 
 
 def examine_artifact(
-    checkpoint: Checkpoint, artifact: Path, decoder: Decoder, held_out: Corpus, threads: int
+    checkpoint: Checkpoint, artifact: Path, decoder: Decoder, held_out: Corpus, threads: int, device: Device = HOST
 ) -> Evidence[Form]:
     """Every form that runs here, the one that would be served first."""
     count, window = len(held_out.windows), max(map(len, held_out.windows))
     architecture = decoder.architecture(window)
     candidates = {
-        form: open_streams(artifact, form, architecture, streams=count, capacity=window, threads=threads)
+        form: open_streams(artifact, form, architecture, streams=count, capacity=window, threads=threads, device=device)
         for form in forms_here(artifact)
     }
     with tqdm(total=count * (1 + len(candidates)), desc="gate", unit="text", disable=None) as bar:

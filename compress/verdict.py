@@ -9,21 +9,25 @@ from compress.gate import Evidence, judge
 from compress.precisions import float_type
 from compress.summary import limited_figures
 from proto.manifest import Form, GateReport, Recipe
+from serve.device_stream import HOST, Device
 
 
 class GateFailed(Exception):
     """The artifact is worse than the thresholds allow, or cannot be judged; nothing was published."""
 
 
-def can_judge(recipe: Recipe, *, ungated: bool) -> bool:
-    """Whether the gate can run the recipe. Raises GateFailed where it cannot, unless that is accepted."""
+def can_judge(recipe: Recipe, device: Device, *, ungated: bool) -> bool:
+    """Whether the gate can run the recipe on the device. Raises GateFailed where it cannot, unless that is accepted."""
     floats = float_type(recipe.default)
-    if floats == "bf16" and not ungated:
+    if floats != "bf16" or device != HOST:
+        return True
+    if not ungated:
         raise GateFailed(
-            f"recipe {recipe.name} cannot be judged: ONNX Runtime has no {floats} kernels on the CPU, where the gate "
-            "runs. Give recipe fp16, or --ungated, which publishes it without a verdict and records that"
+            f"recipe {recipe.name} cannot be judged: ONNX Runtime has no {floats} kernels on the CPU. Give "
+            "--gate-device cuda where there is a GPU, or recipe fp16, or --ungated, which publishes it without a "
+            "verdict and records that"
         )
-    return floats != "bf16"
+    return False
 
 
 def pass_judgement(evidence: Evidence[Form], budget: Budget, *, forced: bool) -> GateReport:

@@ -36,26 +36,33 @@ class DeviceSession(ort.InferenceSession):  # type: ignore[misc]
         self.stream = stream
 
 
+def open_stream(device: Device) -> Stream:
+    """Raises DeviceUnavailable if there is no such device, or nothing here that computes on it."""
+    if device == HOST:
+        return ON_HOST
+    if PROVIDER not in ort.get_available_providers():
+        raise DeviceUnavailable(
+            f"{device} cannot be used: this onnxruntime {ort.__version__} has no {PROVIDER}. {CURE}"
+        )
+    try:
+        return CudaStream(device)
+    except OSError as error:
+        raise DeviceUnavailable(f"{device} cannot be used: {error}. {CURE}") from error
+
+
 def open_device_session(path: Path, device: Device) -> DeviceSession:
     """A session that captures CUDA graphs; on the host, one that runs the same graph there, with a thread.
 
     Raises DeviceUnavailable if the provider is not there, or ONNX Runtime would go on without it; and what ONNX Runtime
     raises, which refuses to capture a graph that has a node elsewhere.
     """
+    stream = open_stream(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_mem_pattern = False
     if device == HOST:
-        return DeviceSession(path, options, "CPUExecutionProvider", ON_HOST)
-    if PROVIDER not in ort.get_available_providers():
-        raise DeviceUnavailable(
-            f"{device} cannot be used: this onnxruntime {ort.__version__} has no {PROVIDER}. {CURE}"
-        )
-    try:
-        stream = CudaStream(device)
-    except OSError as error:
-        raise DeviceUnavailable(f"{device} cannot be used: {error}. {CURE}") from error
+        return DeviceSession(path, options, "CPUExecutionProvider", stream)
     wanted = {"device_id": str(device.number), "enable_cuda_graph": "1", "user_compute_stream": str(stream.handle)}
     session = DeviceSession(path, options, (PROVIDER, wanted), stream)
     session.disable_fallback()

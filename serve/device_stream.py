@@ -57,6 +57,10 @@ class Stream:
         """Begin to copy bytes within the device's memory."""
         ctypes.memmove(target, source, size)
 
+    def clear(self, target: int, size: int) -> None:
+        """Begin to write zeros."""
+        ctypes.memset(target, 0, size)
+
     def fetch(self, values: NDArray[Any], source: int) -> None:
         """Fill an array from an address that nothing begun writes to, past all that is begun, and wait for it."""
         ctypes.memmove(values.ctypes.data, source, values.nbytes)
@@ -100,6 +104,10 @@ class CudaStream(Stream):
 
     def move(self, target: int, source: int, size: int) -> None:
         self._copy(target, source, size, MOVE, self._order)
+
+    def clear(self, target: int, size: int) -> None:
+        self._call("cudaSetDevice", self.device.number)
+        self._call("cudaMemsetAsync", ctypes.c_void_p(target), 0, ctypes.c_size_t(size), self._order)
 
     def fetch(self, values: NDArray[Any], source: int) -> None:
         self._copy(values.ctypes.data, source, values.nbytes, DOWNLOAD, self._aside)

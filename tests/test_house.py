@@ -21,7 +21,8 @@ REQUIREMENTS = ("serve", "build", "base-model", "train", "deploy", "dev")
 
 # DESIGN.md's table. Of serve, compress may import the runners and what it takes to give it a plan of tokens: the gate
 # judges what will be served.
-RUNNERS = ("runner", "native_runner", "device_runner", "device_memory", "native", "block_cache", "plan")
+DEVICE = ("device_runner", "device_session", "device_stream")
+RUNNERS = ("runner", "native_runner", *DEVICE, "native", "block_cache", "plan")
 MAY_IMPORT = {
     "proto": set(),
     "train": {"proto"},

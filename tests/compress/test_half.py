@@ -18,8 +18,8 @@ from compress.summary import summarize
 from proto.manifest import GRAPH, NATIVE_GRAPH, load
 from serve.choices import SettingsError
 from serve.device_runner import DeviceRunner
-from serve.device_session import open_device_session
-from serve.device_stream import Device
+from serve.device_session import DeviceSession, open_device_session
+from serve.device_stream import HOST, ON_HOST, Device
 from serve.forms import pick
 from serve.plan import Plan
 from tests.serve.devices import DEVICES
@@ -141,6 +141,39 @@ def test_what_cannot_be_judged_is_refused_or_recorded(quantize, tmp_path: Path, 
     assert json.loads((tmp_path / "made/manifest.json").read_text())["gate"] is None
 
 
+def test_a_gpu_that_is_not_there_is_told_before_the_work(quantize, tmp_path: Path, capsys) -> None:
+    cuda = ("--target", "cuda", "--gate-device", "cuda:1")
+    assert quantize(tmp_path / "made", *cuda, "--recipe", "bf16") == 2
+    said = capsys.readouterr()
+    assert "cuda:1 cannot be used" in said.err
+    assert "requirements/gpu.txt" in said.err
+    assert (said.out, list(tmp_path.glob("made*"))) == ("", [])
+
+
+def test_the_gate_runs_on_the_device_that_is_named(quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def open_session(path: Path, device: Device) -> DeviceSession:
+        asked.append((path.name, device))
+        return open_device_session(path, HOST)
+
+    monkeypatch.setattr("compress.quantize.open_stream", lambda device: ON_HOST)
+    monkeypatch.setattr("compress.runners.open_device_session", open_session)
+    assert quantize(tmp_path / "made", "--target", "cuda", "--gate-device", "cuda:1") == 0
+    assert asked == [(GRAPH, Device("cuda", 1))]
+    gate = load(tmp_path / "made").gate
+    assert gate is not None
+    assert gate.passed
+
+
+@pytest.mark.gpu
+def test_bfloat16_is_judged_on_a_gpu(quantize, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "made", "--target", "cuda", "--gate-device", "cuda", "--recipe", "bf16") == 0
+    gate = load(tmp_path / "made").gate
+    assert gate is not None
+    assert gate.passed
+
+
 def test_what_can_be_judged_is_judged_for_all_that(quantize, tmp_path: Path) -> None:
     assert quantize(tmp_path / "made", "--target", "cuda", "--ungated", "--gate", "kl<=0") == 3
 
@@ -158,6 +191,8 @@ def test_what_can_be_judged_is_judged_for_all_that(quantize, tmp_path: Path) -> 
         ),
         (("--target", "cuda", "--kv", "fp32"), "--kv fp32 does not go with recipe fp16: give fp16"),
         (("--kv", "bf16"), "--kv bf16 does not go with recipe w8a8: give fp32"),
+        (("--gate-device", "cuda"), "--gate-device cuda is for artifacts for CUDA and --target is cpu; leave it out"),
+        (("--target", "cuda", "--gate-device", "cuda:0,1"), "--gate-device cuda:0,1 is not one device; give cpu,"),
     ],
 )
 def test_what_does_not_go_together_is_told(
