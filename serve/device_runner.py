@@ -6,17 +6,19 @@ token that the device guesses: some hundreds of bytes. `launch` begins all of th
 next plan may take the guess for its token, which lies on the device already.
 
 Decode runs have one of a ladder of sizes, each with arrays bound once: on CUDA such a run is captured as a CUDA graph
-when the runner is made, and replayed. Rows of the size that decode nothing write one position behind their last token,
-which nobody reads. A captured run knows no lengths but those on the device, so the host always says `capacity`.
+by the thread that will run plans, and replayed. Rows of the size that decode nothing write one position behind their
+last token, which nobody reads. A captured run knows no lengths but those on the device, so the host always says
+`capacity`.
 
 A plan's results are read while the next one runs, so there are two sides: two buffers for results, used in turns, and
-of every captured graph two.
+of every captured graph two. A run reads the guesses of the other side and writes its own: it may be repeated, as it is
+when it is captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import count, product
 from typing import Any, cast
 
 import numpy as np
@@ -30,6 +32,7 @@ from serve.plan import Copy, Floats, Output, Plan, Segment
 from serve.slot_runner import SlotRunner
 
 NO_CAPTURE = "-1"
+GRAPHS = count()  # their numbers: a session may see several runners
 RESULTS: dict[str, type[np.generic]] = {
     "logits": np.float32,
     "hidden": np.float32,
@@ -37,7 +40,7 @@ RESULTS: dict[str, type[np.generic]] = {
     "candidate_logits": np.float32,
     "total": np.float32,
 }
-DOWNLOADED = ("candidates", "candidate_logits", "total", "guesses")
+DOWNLOADED = ("candidates", "candidate_logits", "total")
 # What a decode run is told of each row, in words of 4 bytes: its token unless it is guessed, and then by the graph's
 # names where its token lies, its length, and what is needed to choose.
 FIELDS: dict[str, type[np.generic]] = {
@@ -74,10 +77,7 @@ class DeviceRunner(SlotRunner):
         max_rows: int,
         stream: Stream = ON_HOST,
     ) -> None:
-        """`max_rows`: the most tokens of one chunk; `stream`: on which the session runs.
-
-        Captures every size of decode run, if the session captures.
-        """
+        """`max_rows`: the most tokens of one chunk; `stream`: on which the session runs."""
         super().__init__(num_slots)
         self._session = session
         self._stream = stream
@@ -93,33 +93,45 @@ class DeviceRunner(SlotRunner):
         self._spare = DeviceArray((1, *shape[1:]), kinds["key_cache.0"], stream)
         self.kv_bytes = sum(cache.nbytes for cache in self._caches)
 
-        # A step may begin one chunk and end another.
-        self._rows = num_slots + 2 * max_rows + 1
+        # Decode rows, as many that `_reserve` counts twice, and of chunks: a step may begin one and end another.
+        self._rows = 2 * num_slots + 2 * max_rows + 1
         sizes = {value.name: value.shape[1:] for value in session.get_outputs()}
-        self._sides = [Side(self._rows, num_slots, sizes, stream) for _ in range(2)]
-        self._side = self._sides[0]
-        # The guesses of the latest plan, and behind them the fields of a decode run.
-        self._words = DeviceArray((self._rows + len(FIELDS) * num_slots,), "tensor(int32)", stream)
+        # The guesses of either side, and behind them the fields of a decode run.
+        self._fields = 2 * self._rows
+        self._words = DeviceArray((self._fields + len(FIELDS) * num_slots,), "tensor(int32)", stream)
         self._words.clear()
+        self._sides = [Side(first, self._rows, num_slots, sizes, stream) for first in (0, self._rows)]
+        self._side = self._sides[0]
         self._row_of_position: dict[int, int] = {}  # of the latest plan: where its results lie
+        self._guesses_before = 0
         self._all_rows = DeviceArray((num_slots,), "tensor(int64)", stream)
         self._all_rows.upload(np.arange(num_slots))
         self._full = np.array(capacity, np.int32)
         self._uncaptured = _run_options(NO_CAPTURE)
-        for number, (side, size) in enumerate(product(self._sides, self._ladder)):
-            side.decodes[size] = self._bind_decode(side, size), _run_options(str(number))
-            self._session.run_with_iobinding(*side.decodes[size])
+        for side, size in product(self._sides, self._ladder):
+            side.decodes[size] = self._bind_decode(side, size), _run_options(str(next(GRAPHS)))
+        self._session.run_with_iobinding(self._bind_decode(self._side, num_slots), self._uncaptured)  # fails early
         stream.mark()()
+        self._prepared = False
+
+    def prepare(self) -> None:
+        """Capture every size of decode run, if the session captures: ONNX Runtime keeps them for this thread alone."""
+        if not self._prepared:
+            for side in self._sides:
+                for decode in side.decodes.values():
+                    self._session.run_with_iobinding(*decode)
+            self._stream.mark()()
+            self._prepared = True
 
     def _bind_decode(self, side: Side, size: int) -> ort.IOBinding:
         binding = self._session.io_binding()
         num_slots = len(self._row_of)
         self._bind_caches(binding, 0, size)
-        self._words.bind(binding, "tokens", 0, self._rows + num_slots)
+        self._words.bind(binding, "tokens", 0, self._fields + num_slots)
         for number, (name, dtype) in enumerate(FIELDS.items()):
             if name != "known":
                 shape = (size, 1) if name == "token_rows" else (size,)
-                self._words.bind_as(binding, name, self._rows + number * num_slots, KINDS[dtype], shape)
+                self._words.bind_as(binding, name, self._fields + number * num_slots, KINDS[dtype], shape)
         self._all_rows.bind(binding, "logits_rows", 0, size)
         self._bind_results(binding, side, 0, size)
         _bind_host(binding, "total_sequence_length", self._full)
@@ -133,19 +145,22 @@ class DeviceRunner(SlotRunner):
     def _bind_results(self, binding: ort.IOBinding, side: Side, first: int, rows: int) -> None:
         for name, array in side.results.items():
             array.bind(binding, name, first, rows, output=True)
-        self._words.bind(binding, "guesses", first, rows, output=True)
+        self._words.bind(binding, "guesses", side.guesses + first, rows, output=True)
 
     def run(self, plan: Plan) -> Output:
         return self.launch(plan)()
 
     def launch(self, plan: Plan) -> Callable[[], Output]:
         """Begin `plan`. Its results are valid until the next launch but one."""
-        self._side = side = self._sides[self._side is self._sides[0]]
+        self.prepare()
+        before, self._side = self._side, self._sides[self._side is self._sides[0]]
+        side, self._guesses_before = self._side, before.guesses
         index = self._row_of_position = self._begin(plan)
         wanted = [index[at] for at in plan.wanted]
-        count = max(wanted, default=0) + 1
+        rows = max(wanted, default=0) + 1
         for name in DOWNLOADED:
-            (self._words if name == "guesses" else side.results[name]).download(side.host[name][:count])
+            side.results[name].download(side.host[name][:rows])
+        self._words.download(side.host["guesses"][:rows], side.guesses)
         wait = self._stream.mark()
 
         def results() -> Output:
@@ -164,18 +179,18 @@ class DeviceRunner(SlotRunner):
 
     def _run_decode(self, plan: Plan, segments: Sequence[tuple[int, Segment]], batch: int) -> None:
         fields, ways = self._side.fields, _ways(plan)
-        fields["token_rows"][:] = range(self._rows, self._rows + len(self._row_of))
+        fields["token_rows"][:] = range(self._fields, self._fields + len(self._row_of))
         for row in range(batch):
             fields["seqlens_k"][row] = min(self._length[self._slot_in[row]], self._capacity - 1)
         for row, segment in segments:
             if segment.follows is None:
                 fields["known"][row] = plan.tokens[segment.start]
             else:
-                fields["token_rows"][row] = self._row_of_position[segment.follows]
+                fields["token_rows"][row] = self._guesses_before + self._row_of_position[segment.follows]
             fields["seqlens_k"][row] = segment.past
             for name, value in zip(WAYS, ways.get(segment.start, NO_WAY), strict=True):
                 fields[name][row] = value
-        self._words.upload(self._side.words, self._rows)
+        self._words.upload(self._side.words, self._fields)
         self._session.run_with_iobinding(*self._side.decodes[batch])
 
     def _run_chunk(self, plan: Plan, segment: Segment, row: int, wanted: list[int], filled: int) -> None:
@@ -214,11 +229,16 @@ class DeviceRunner(SlotRunner):
 class Side:
     """Buffers of one plan's results on the device, of what is told and read of them on the host, and decode runs."""
 
-    def __init__(self, rows: int, num_slots: int, sizes: Mapping[str, Sequence[int]], stream: Stream) -> None:
+    def __init__(
+        self, guesses: int, rows: int, num_slots: int, sizes: Mapping[str, Sequence[int]], stream: Stream
+    ) -> None:
+        """`guesses`: where among the words its guesses begin."""
+        self.guesses = guesses
         self.results = {
             name: DeviceArray((rows, *sizes[name]), KINDS[dtype], stream) for name, dtype in RESULTS.items()
         }
-        self.host = {name: stream.zeros((rows, *sizes[name]), RESULTS.get(name, np.int32)) for name in DOWNLOADED}
+        self.host = {name: stream.zeros((rows, *sizes[name]), RESULTS[name]) for name in DOWNLOADED}
+        self.host["guesses"] = stream.zeros((rows,), np.int32)
         self.words = stream.zeros((len(FIELDS) * num_slots,), np.int32)
         parts = np.split(self.words, len(FIELDS))
         self.fields = {name: part.view(dtype) for part, (name, dtype) in zip(parts, FIELDS.items(), strict=True)}

@@ -130,6 +130,10 @@ class Engine:
     # -- the engine thread --------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self.runner.prepare()
+        except Exception:
+            log.exception("the runner could not be prepared; its first run will try again")
         while True:
             with self._wake:
                 if self.idle:
@@ -140,6 +144,7 @@ class Engine:
                     break
             self.step()
         self._abort_all()
+        del self._landing  # it knows this engine: else the KV cache would stay until garbage is collected
 
     def step(self) -> None:
         """One turn: take arrivals, drop the cancelled, then schedule, run, sample and emit."""
@@ -172,6 +177,8 @@ class Engine:
             output = flight.wait()
         except Exception:
             self._fail(step)
+            if self._flight is not None:  # what it computes may rest on what failed
+                self._fail(self._flight.step)
             return
         self._landing.land(step, output, self._flight.step if self._flight else None)
         seconds = time.monotonic() - flight.began

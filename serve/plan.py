@@ -115,6 +115,10 @@ class Runner(Protocol):
     def any_chunking(self) -> bool:
         """Whether a token's bits are the same however a sequence is cut into segments."""
 
+    def prepare(self) -> None:
+        """What is done once, by the thread that will run plans; else the first run does it."""
+        return
+
     def run(self, plan: Plan) -> Output: ...
 
     def launch(self, plan: Plan) -> Callable[[], Output]:

@@ -37,7 +37,10 @@ def test_iteration_ends_with_the_answer() -> None:
         channel = AsyncChannel()
         loop = asyncio.get_running_loop()
         loop.call_soon(channel.send, Chunk(text="a"))
-        loop.call_later(0.001, channel.send, Chunk(text="b", finish_reason="stop"))
-        assert [chunk.text async for chunk in channel] == ["a", "b"]
+        told = []
+        async for chunk in channel:
+            told.append(chunk.text)
+            loop.call_soon(channel.send, Chunk(text="b", finish_reason="stop"))
+        assert told == ["a", "b"]
 
     run(main)

@@ -239,7 +239,7 @@ def test_a_step_that_wants_too_much_is_refused(runner: DeviceRunner) -> None:
     plan = Plan()
     for slot in range(4):
         plan.add([slot], 0, list(range(CHUNK)), want="all")
-    with pytest.raises(ValueError, match="a step wants 73 rows of results and there is room for 41"):
+    with pytest.raises(ValueError, match="a step wants 73 rows of results and there is room for 49"):
         runner.run(plan)
 
 

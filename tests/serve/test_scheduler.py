@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -386,3 +388,33 @@ def test_what_is_in_the_air_is_landed_before_the_engine_goes() -> None:
     engine._abort_all()
     assert (request.finish_reason, len(request.output)) == ("abort", 3)
     assert engine.idle
+
+
+def test_an_engine_that_has_drained_is_gone_at_once() -> None:
+    """And with it its KV cache, which may be most of the memory: no cycle keeps it until garbage is collected."""
+    gc.disable()
+    try:
+        for runner in (FakeRunner(20), GuessingRunner(20)):
+            engine = make_engine(runner)
+            engine.start()
+            engine.submit(ask([4, 5], max_tokens=10))
+            assert engine.drain(30)
+            left = weakref.ref(engine)
+            del engine
+            assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_a_run_that_fails_late_ends_what_was_begun_behind_it() -> None:
+    runner = GuessingRunner(20)
+    runner.failing = {1}
+    engine = make_engine(runner)
+    first, second = ask([4, 5], max_tokens=20, ignore_eos=True), ask([6, 7], max_tokens=20, ignore_eos=True)
+    engine.submit(first)
+    engine.step()
+    engine.step()  # the run that will fail is in the air
+    engine.submit(second)
+    finish(engine)
+    assert (first.finish_reason, second.finish_reason) == ("error", "error")
+    assert finish(engine, ask([6, 7], max_tokens=3, ignore_eos=True))[0]
