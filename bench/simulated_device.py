@@ -21,6 +21,7 @@ from proto.manifest import Manifest
 from serve import loader
 from serve.__main__ import main as serve
 from serve.choices import Block, Choices
+from serve.forms import make_scheduler
 from serve.native_runner import NUM_CANDIDATES
 from serve.plan import Output, Plan, Runner
 from serve.scheduler import Scheduler
@@ -95,9 +96,7 @@ class SimulatedForm:
         self.runner = SimulatedRunner(self._seconds, slots, manifest.architecture.vocab_size)
         self.runner.guesses = self._ahead
         cache = SlotCache(slots, choices.max_context, CHUNK)
-        how = {"prefill_chunk": CHUNK, "any_chunking": False, "itl_limit": 2.0, "speculate": False}
-        more: dict[str, Any] = {**how, "max_running": slots, "max_queue": settings.max_queue, "ahead": self._ahead}
-        return self.runner, Scheduler(cache, **more)
+        return self.runner, make_scheduler(self.runner, cache, settings, choices, CHUNK)
 
 
 def main() -> int:

@@ -103,7 +103,7 @@ class DeviceRunner(SlotRunner):
         self._sides = [Side(first, self._rows, num_slots, sizes, stream) for first in (0, self._rows)]
         self._side = self._sides[0]
         self._row_of_position: dict[int, int] = {}  # of the latest plan: where its results lie
-        self._guesses_before = 0
+        self._ways: dict[int, tuple[float, float, float]] = {}
         self._all_rows = DeviceArray((num_slots,), "tensor(int64)", stream)
         self._all_rows.upload(np.arange(num_slots))
         self._full = np.array(capacity, np.int32)
@@ -147,14 +147,18 @@ class DeviceRunner(SlotRunner):
             array.bind(binding, name, first, rows, output=True)
         self._words.bind(binding, "guesses", side.guesses + first, rows, output=True)
 
+    @property
+    def _other(self) -> Side:
+        return self._sides[self._side is self._sides[0]]
+
     def run(self, plan: Plan) -> Output:
         return self.launch(plan)()
 
     def launch(self, plan: Plan) -> Callable[[], Output]:
         """Begin `plan`. Its results are valid until the next launch but one."""
         self.prepare()
-        before, self._side = self._side, self._sides[self._side is self._sides[0]]
-        side, self._guesses_before = self._side, before.guesses
+        self._side = side = self._other
+        self._ways = _ways(plan)
         index = self._row_of_position = self._begin(plan)
         wanted = [index[at] for at in plan.wanted]
         rows = max(wanted, default=0) + 1
@@ -178,7 +182,7 @@ class DeviceRunner(SlotRunner):
             raise ValueError(f"a step wants {needed} rows of results and there is room for {self._rows}; ask for fewer")
 
     def _run_decode(self, plan: Plan, segments: Sequence[tuple[int, Segment]], batch: int) -> None:
-        fields, ways = self._side.fields, _ways(plan)
+        fields = self._side.fields
         fields["token_rows"][:] = range(self._fields, self._fields + len(self._row_of))
         for row in range(batch):
             fields["seqlens_k"][row] = min(self._length[self._slot_in[row]], self._capacity - 1)
@@ -186,16 +190,15 @@ class DeviceRunner(SlotRunner):
             if segment.follows is None:
                 fields["known"][row] = plan.tokens[segment.start]
             else:
-                fields["token_rows"][row] = self._guesses_before + self._row_of_position[segment.follows]
+                fields["token_rows"][row] = self._other.guesses + self._row_of_position[segment.follows]
             fields["seqlens_k"][row] = segment.past
-            for name, value in zip(WAYS, ways.get(segment.start, NO_WAY), strict=True):
+            for name, value in zip(WAYS, self._ways.get(segment.start, NO_WAY), strict=True):
                 fields[name][row] = value
         self._words.upload(self._side.words, self._fields)
         self._session.run_with_iobinding(*self._side.decodes[batch])
 
     def _run_chunk(self, plan: Plan, segment: Segment, row: int, wanted: list[int], filled: int) -> None:
-        ways = _ways(plan)
-        chosen = [ways.get(segment.start + at, NO_WAY) for at in wanted]
+        chosen = [self._ways.get(segment.start + at, NO_WAY) for at in wanted]
         end = segment.past + segment.count
         feeds: dict[str, NDArray[Any]] = {
             "tokens": np.array(plan.tokens[segment.start : segment.start + segment.count], np.int32),

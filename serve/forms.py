@@ -71,7 +71,7 @@ class StockForm:
         chunk = settings.prefill_chunk or self.prefill_chunk
         slots, capacity = choices.num_slots, choices.max_context
         runner = StockRunner(session, manifest.architecture, num_slots=slots, capacity=capacity, max_rows=chunk)
-        return runner, _scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
+        return runner, make_scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class NativeForm:
         blocks, capacity = choices.num_blocks, choices.max_context
         runner = NativeRunner(session, manifest.architecture, num_blocks=blocks, capacity=capacity)
         chunk = settings.prefill_chunk or self.prefill_chunk
-        return runner, _scheduler(runner, BlockCache(blocks, capacity), settings, choices, chunk)
+        return runner, make_scheduler(runner, BlockCache(blocks, capacity), settings, choices, chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class DeviceForm:
         assert isinstance(session, DeviceSession)
         sizes = {"num_slots": slots, "capacity": capacity, "max_rows": chunk}
         runner = DeviceRunner(session, a, **sizes, stream=session.stream)
-        return runner, _scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
+        return runner, make_scheduler(runner, SlotCache(slots, capacity, chunk), settings, choices, chunk)
 
 
 def pick(wanted: str, manifest: Manifest, device: Device = HOST) -> Form:
@@ -161,7 +161,7 @@ def pick(wanted: str, manifest: Manifest, device: Device = HOST) -> Form:
         return StockForm(f"stock graph: {reason}")
 
 
-def _scheduler(runner: Runner, cache: Cache, settings: Settings, choices: Choices, prefill_chunk: int) -> Scheduler:
+def make_scheduler(runner: Runner, cache: Cache, settings: Settings, choices: Choices, prefill_chunk: int) -> Scheduler:
     return Scheduler(
         cache,
         max_running=choices.num_slots,
